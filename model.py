@@ -1,0 +1,650 @@
+"""The gaze model: a small convolutional encoder and a LLaMA-style decoder that names patches, frame by frame.
+
+    gaze = Gaze(GazeConfig())                                  # fresh weights, published size (3.3 M parameters)
+    gaze = Gaze.from_pretrained("out/toy/grpo")                # a folder, or a Hugging Face hub id
+    out = gaze.generate(video, gazing_ratio=0.1)               # choose patches: video (B, T, 3, R, R) -> dict
+    log_prob, task_loss = gaze(video, out)                     # score given patches, with gradients
+
+A *gaze* of B clips is a dict of three tensors, frame after frame along N (paper, section 3):
+    gazing_pos             (B, N) int64   patch id within its frame + V * frame
+    if_padded_gazing       (B, N) bool    True = a dummy slot; its gazing_pos means nothing
+    num_gazing_each_frame  (T,)   int64   slots of each frame, the same for all clips; sums to N
+
+Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), P vision tokens per frame (finest scale),
+K slots predicted at once, N slots of a clip, L tokens of a clip, D width, H heads.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration
+
+
+@dataclass
+class GazeConfig:
+    scales: str = "32+64+112+224"      # side lengths at which a frame is looked at, ascending; the last is the input size R
+    patch_size: int = 16
+    max_num_frames: int = 16           # frames of a training clip
+    hidden_size: int = 192             # D
+    num_layers: int = 4
+    num_heads: int = 6
+    intermediate_size: int = 384       # SwiGLU
+    num_conv_blocks: int = 1
+    num_multi_token_pred: int = 10     # K
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_factor: float = 8.0           # llama3 scaling
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
+    gazing_ratio: float = 0.75         # used by generate() when the caller gives neither ratio nor requirement
+    task_loss_requirement: float | None = None
+    reference_decoding: bool = False   # generate as the published code does (stale positions, per-slot stopping)
+    reference_file: dict = field(default_factory=dict, repr=False)  # config.json as read, so that saving keeps its other keys
+
+    def __post_init__(self):
+        sides = self.scale_list
+        if any(a >= b for a, b in zip(sides, sides[1:], strict=False)) or any(s % self.patch_size for s in sides):
+            raise ValueError(f"scales={self.scales!r} must ascend and be multiples of patch_size={self.patch_size}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads={self.num_heads}")
+        if not 1 <= self.num_multi_token_pred <= self.num_ids:
+            raise ValueError(f"num_multi_token_pred={self.num_multi_token_pred} must be in 1..{self.num_ids}, the ids of a frame")
+
+    @property
+    def scale_list(self):
+        return [int(s) for s in self.scales.split("+")]
+
+    @property
+    def ids_per_scale(self):
+        return [(s // self.patch_size) ** 2 for s in self.scale_list]
+
+    @property
+    def num_ids(self):  # V; also the id of the padding token
+        return sum(self.ids_per_scale)
+
+    @property
+    def image_size(self):  # R
+        return self.scale_list[-1]
+
+    @classmethod
+    def from_file(cls, path):
+        """Read config.json as the published code writes it; `ours` inside it holds what only we know."""
+        d = json.loads(Path(path).read_text())
+        try:
+            g = d["gaze_model_config"]
+            vision, decoder = g["vision_model_config"], g["gaze_decoder_config"]
+            rope = decoder.get("rope_scaling") or decoder["rope_parameters"]
+            needs = d.get("has_task_loss_requirement_during_inference", False)
+            config = cls(
+                scales=str(d["scales"]), patch_size=vision["kernel_size"], max_num_frames=d["max_num_frames"],
+                hidden_size=decoder["hidden_size"], num_layers=decoder["num_hidden_layers"],
+                num_heads=decoder["num_attention_heads"], intermediate_size=decoder["intermediate_size"],
+                num_conv_blocks=vision["depth"], num_multi_token_pred=decoder["num_multi_token_pred"],
+                rms_norm_eps=decoder["rms_norm_eps"], rope_theta=decoder.get("rope_theta") or rope["rope_theta"],
+                rope_factor=rope["factor"], rope_low_freq_factor=rope["low_freq_factor"],
+                rope_high_freq_factor=rope["high_freq_factor"],
+                rope_original_length=rope["original_max_position_embeddings"],
+                gazing_ratio=d["gazing_ratio_config"]["fixed"]["gazing_ratio"],
+                task_loss_requirement=d["task_loss_requirement_config"]["fixed"]["task_loss_requirement"] if needs else None,
+                reference_decoding=d.get("reference_decoding", True), reference_file=d)
+        except KeyError as e:
+            raise ValueError(f"{path}: not the config of a gaze model, key {e} is missing") from None
+        return config
+
+    def to_file(self, path):
+        """Write config.json in the published layout."""
+        d = json.loads(json.dumps(self.reference_file))  # a deep copy: keys we do not use survive
+        g = d.setdefault("gaze_model_config", {})
+        g.update(input_img_size=self.image_size, num_vision_tokens_each_frame=self.num_ids)
+        g.setdefault("vision_model_config", {}).update(
+            hidden_dim=self.hidden_size, out_dim=self.hidden_size, depth=self.num_conv_blocks, kernel_size=self.patch_size,
+            temporal_patch_size=1, trunk_temporal_kernel_size=3, trunk_spatial_kernel_size=3)
+        g.setdefault("connector_config", {}).update(hidden_dim=self.hidden_size, num_tokens=self.ids_per_scale[-1])
+        g.setdefault("gaze_decoder_config", {}).update(
+            model_type="llama", hidden_size=self.hidden_size, num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads, num_key_value_heads=self.num_heads, head_dim=self.hidden_size // self.num_heads,
+            intermediate_size=self.intermediate_size, hidden_act="silu", attention_bias=False, mlp_bias=False,
+            attention_dropout=0.0, vocab_size=self.num_ids + 1, eos_token_id=self.num_ids, bos_token_id=None,
+            max_position_embeddings=131072, num_multi_token_pred=self.num_multi_token_pred, rms_norm_eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta, tie_word_embeddings=False,
+            rope_scaling=dict(rope_type="llama3", factor=self.rope_factor, low_freq_factor=self.rope_low_freq_factor,
+                              high_freq_factor=self.rope_high_freq_factor,
+                              original_max_position_embeddings=self.rope_original_length))
+        for name, value in (("gazing_ratio", self.gazing_ratio), ("task_loss_requirement", self.task_loss_requirement)):
+            section = d.setdefault(f"{name}_config", dict(sample_strategy_during_training="fixed"))
+            section["sample_strategy_during_inference"] = "fixed"
+            section["fixed"] = {name: 0.7 if value is None else value}
+        d.setdefault("gazing_ratio_each_frame_config", dict(
+            sample_strategy_during_training="uniform", sample_strategy_during_inference="uniform", uniform={}))
+        d.setdefault("has_task_loss_requirement_during_training", False)
+        d.update(architectures=["AutoGaze"], model_type="autogaze", scales=self.scales, max_num_frames=self.max_num_frames,
+                 num_vision_tokens_each_frame=self.num_ids, reference_decoding=self.reference_decoding,
+                 has_task_loss_requirement_during_inference=self.task_loss_requirement is not None)
+        Path(path).write_text(json.dumps(d, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoder: causal in time, one token per patch of the finest scale
+
+
+class ConvBlock(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv3d = nn.Conv3d(dim, dim, (3, 3, 3), padding=(0, 1, 1))  # no padding in time: the past is put in front
+
+    def forward(self, x, past):  # (B, D, T, h, w), the two input frames before it (B, D, 2, h, w)
+        x = torch.cat([past, x], dim=2)
+        return F.relu(self.conv3d(x)), x[:, :, -2:]
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        p, d = c.patch_size, c.hidden_size
+        self.temporal_conv = nn.Conv3d(3, d, (1, p, p), stride=(1, p, p))
+        self.norm = nn.LayerNorm(d, eps=1e-5)
+        self.blocks = nn.ModuleList(ConvBlock(d) for _ in range(c.num_conv_blocks))
+        self.out_proj = nn.Conv3d(d, d, 1)
+
+    def forward(self, video, past=None):
+        """video (B, T, 3, R, R) -> tokens (B, T, P, D), and the past that the next frames need."""
+        B, T = video.shape[:2]
+        conv = self.temporal_conv  # one frame deep, so a 2-D convolution does it, which is faster on every device
+        x = F.conv2d(video.flatten(0, 1), conv.weight[:, :, 0], conv.bias, stride=conv.stride[1:])
+        x = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        x = rearrange(x, "(b t) d h w -> b d t h w", b=B)
+        if past is None:
+            past = [x.new_zeros(B, x.shape[1], 2, *x.shape[3:])] * len(self.blocks)
+        new_past = []
+        for block, before in zip(self.blocks, past, strict=True):
+            x, last = block(x, before)
+            new_past.append(last)
+        return rearrange(self.out_proj(x), "b d t h w -> b t (h w) d"), new_past
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoder
+
+
+def rope_frequencies(c):
+    """Rotation per position of each half-dimension, with the llama3 stretching of long wavelengths."""
+    dim = c.hidden_size // c.num_heads
+    freq = 1.0 / c.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    wavelength = 2 * math.pi / freq
+    blend = (c.rope_original_length / wavelength - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+    blend = blend.clamp(0, 1)  # 1: short wavelength, kept; 0: long, slowed down by the factor
+    return blend * freq + (1 - blend) * freq / c.rope_factor
+
+
+def rotate(x, cos, sin):  # x (B, H, L, d); half-split rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        d, m = c.hidden_size, c.intermediate_size
+        self.num_heads = c.num_heads
+        self.self_attn = nn.ModuleDict({n: nn.Linear(d, d, bias=False) for n in ("q_proj", "k_proj", "v_proj", "o_proj")})
+        self.mlp = nn.ModuleDict(dict(gate_proj=nn.Linear(d, m, bias=False), up_proj=nn.Linear(d, m, bias=False),
+                                      down_proj=nn.Linear(m, d, bias=False)))
+        self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask=None, remember=None):
+        """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them."""
+        attn, mlp = self.self_attn, self.mlp
+        y = self.input_layernorm(x)
+        q, k, v = (rearrange(attn[n](y), "b l (h d) -> b h l d", h=self.num_heads) for n in ("q_proj", "k_proj", "v_proj"))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if remember is not None:
+            k, v = remember(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        x = x + attn["o_proj"](rearrange(y, "b h l d -> b l (h d)"))
+        y = self.post_attention_layernorm(x)
+        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.num_ids + 1, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.register_buffer("frequencies", rope_frequencies(c), persistent=False)
+
+    def forward(self, x, positions=None, mask=None, remember=None):
+        """x (B, L, D) -> (B, L, D) before the final norm. positions (L,) or (B, L); default 0, 1, 2, …, causal."""
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        angle = positions.unsqueeze(-1) * self.frequencies.float()  # (…, L, d/2)
+        if angle.dim() == 3:
+            angle = angle.unsqueeze(1)  # the same for all heads
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, None if remember is None else lambda k, v, i=i: remember(i, k, v))
+        return x
+
+
+def pack_front(keep):
+    """Indices (B, L) that move each row's kept tokens to the front in order, and where each token went (B, L)."""
+    order = torch.argsort(~keep, dim=1, stable=True)
+    return order, torch.argsort(order, dim=1)
+
+
+def take(x, index):  # rows of x (B, L, D) at index (B, M) -> (B, M, D)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
+
+# Our module names against those in published files: prefixes, first match wins.
+PUBLISHED_NAMES = (("encoder.", "gazing_model.vision_model."), ("pos_embed", "gazing_model.connector.pos_embed"),
+                   ("decoder.", "gazing_model.gaze_decoder.model."), ("", "gazing_model.gaze_decoder."))
+WEIGHTS_NOTICE = ("downloading {} from huggingface.co; the published AutoGaze weights are licensed for non-commercial "
+                  "research only (NVIDIA licence)")
+
+
+def published_name(name):
+    ours, theirs = next((o, t) for o, t in PUBLISHED_NAMES if name.startswith(o))
+    return theirs + name[len(ours):]
+
+
+class Gaze(nn.Module):
+    """Encoder, decoder and two multi-token heads (paper, section 3.2). Inputs are pixels normalised by data.normalize."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.encoder = Encoder(c)
+        self.pos_embed = nn.Parameter(torch.zeros(c.ids_per_scale[-1], c.hidden_size))
+        self.decoder = Decoder(c)
+        self.lm_head = nn.Linear(c.hidden_size, c.num_multi_token_pred * (c.num_ids + 1), bias=False)
+        self.task_loss_prediction_head = nn.Linear(c.hidden_size, c.num_multi_token_pred, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() > 1 and not name.startswith("encoder."):  # the encoder's convolutions keep torch's own init
+                nn.init.normal_(p, std=0.02)
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Load config.json + model.safetensors from a folder or a hub id. ValueError names tensors that do not fit."""
+        folder = Path(folder)
+        if not folder.exists():
+            folder = download(str(folder), ["config.json", "model.safetensors"])
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
+        from safetensors.torch import load_file
+        with torch.device("meta"):  # no time spent on weights that the file replaces
+            gaze = cls(GazeConfig.from_file(folder / "config.json"))
+        tensors = load_file(folder / "model.safetensors")
+        state, wrong = {}, []
+        for name, p in gaze.state_dict().items():
+            t = tensors.pop(published_name(name), None)
+            if t is None:
+                wrong.append(f"missing {published_name(name)}")
+            elif t.shape != p.shape:
+                wrong.append(f"{published_name(name)} is {tuple(t.shape)}, the config needs {tuple(p.shape)}")
+            else:
+                state[name] = t.float()
+        wrong += [f"unexpected {name}" for name in tensors]
+        if wrong:
+            raise ValueError(f"{folder}/model.safetensors does not fit its config.json: " + "; ".join(wrong[:8])
+                             + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        gaze.load_state_dict(state, assign=True)
+        gaze.decoder.frequencies = rope_frequencies(gaze.config)
+        return gaze.requires_grad_(True)
+
+    def save_pretrained(self, folder):
+        """Write config.json + model.safetensors, readable by the published code. Each file appears whole or not at all."""
+        from safetensors.torch import save_file
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {published_name(n): p.detach().cpu().contiguous() for n, p in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+        self.config.to_file(folder / "config.json.tmp")
+        for name in ("config.json", "model.safetensors"):
+            os.replace(folder / (name + ".tmp"), folder / name)
+
+    # ---- scoring given gazes
+
+    def embed(self, video, past=None):
+        """video (B, T, 3, R', R') of any square size -> vision tokens (B, T, P, D) and the encoder's past (streaming)."""
+        R = self.config.image_size
+        if video.shape[-2:] != (R, R):
+            B = video.shape[0]
+            video = F.interpolate(video.flatten(0, 1), (R, R), mode="bicubic", align_corners=False)
+            video = video.unflatten(0, (B, -1))
+        x, past = self.encoder(video, past)
+        return x + self.pos_embed, past
+
+    def forward(self, video, gazing, policy="reference", temperature=1.0):
+        """Log-probability and predicted loss of given gazes.
+
+        video (B, T, 3, R, R); `gazing` as in the module's docstring, of B clips or of G·B copies (copy-major: g·B + b;
+        the encoder then runs once per clip). Returns (log_prob, task_loss), both (rows, N): the log-probability of each
+        slot's patch (0 at padded slots), and the reconstruction loss predicted for the frame *after* that slot.
+        policy "reference": plain softmax over all V + 1 ids. "sampling": the distribution generate() draws from, that
+        is logits / temperature with the padding id and the ids already gazed in this frame excluded.
+        """
+        c = self.config
+        V, K, P = c.num_ids, c.num_multi_token_pred, c.ids_per_scale[-1]
+        pos, padded, n = gazing["gazing_pos"], gazing["if_padded_gazing"], gazing["num_gazing_each_frame"].tolist()
+        B, N = pos.shape
+        assert len(n) == video.shape[1] and sum(n) == N == padded.shape[1] and B % video.shape[0] == 0
+        vision, _ = self.embed(video)
+        vision = vision.repeat(B // video.shape[0], 1, 1, 1)
+        frame = torch.repeat_interleave(torch.arange(len(n), device=pos.device), torch.tensor(n, device=pos.device))
+        ids = torch.where(padded, V, pos - V * frame)  # (B, N) within the frame
+
+        # one sequence: for each frame its vision tokens, then its slots; real tokens packed to the front, so that plain
+        # causal attention never sees padding and a token's position is its index
+        slots, keep, real = self.decoder.embed_tokens(ids), [], torch.ones(B, P, dtype=torch.bool, device=pos.device)
+        x, sources, slot_row, at, length = [], [], [], 0, 0
+        for t, n_t in enumerate(n):
+            x += [vision[:, t], slots[:, at:at + n_t]]
+            keep += [real, ~padded[:, at:at + n_t]]
+            # the last vision token predicts slots 0..K-1, slot K-1 predicts the next K, and so on
+            slot_row += [len(sources) * K + j for j in range(n_t)]
+            sources += [length + P - 1 + K * b for b in range(n_t // K + 1)]
+            at, length = at + n_t, length + P + n_t
+        x = torch.cat(x, dim=1)
+        sources = torch.tensor(sources, device=pos.device).expand(B, -1)
+        if padded.any():
+            order, went = pack_front(torch.cat(keep, dim=1))
+            x, sources = take(x, order), went.gather(1, sources)
+        h = self.decoder.norm(take(self.decoder(x), sources))  # (B, M, D)
+
+        slot_row = torch.tensor(slot_row, device=pos.device, dtype=torch.long)
+        logits = self.lm_head(h).view(B, -1, V + 1)[:, slot_row].float()  # (B, N, V + 1)
+        if policy == "sampling":
+            logits = (logits / temperature).masked_fill(already_gazed(ids, n, V), float("-inf"))
+        else:
+            assert policy == "reference", policy
+        log_prob = logits.log_softmax(-1).gather(2, ids.unsqueeze(-1)).squeeze(-1)
+        # "after slot j" is what the model says before slot j + 1: the next head, or the next source's first one
+        task_loss = self.task_loss_prediction_head(h).view(B, -1)[:, slot_row + 1].float()
+        return log_prob.masked_fill(padded, 0.0), task_loss
+
+    # ---- choosing gazes
+
+    def generate(self, video, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None, generator=None,
+                 num_copies=1):
+        """Choose patches for whole clips.
+
+        video: (B, T, 3, R', R') normalised pixels. gazing_ratio: share of the V patches each frame may take, a float, a
+        list of T, or (B, T); at least one patch per frame. task_loss_requirement: a frame is finished when its predicted
+        loss falls to this value, a float or (B, T). Ratio only: no early stop. Requirement only: any number of patches.
+        Neither: the config's settings. temperature 0 takes the best patch, else samples. reference: decode as the
+        published code does (default: the config's reference_decoding). num_copies: G rollouts of each clip, copy-major.
+        Returns the gaze dict of the module's docstring plus gazing_mask, a list of S tensors (G·B, T, V_s) of 0/1.
+        """
+        B, T = video.shape[:2]
+        stream = GazeStream(self, B * num_copies, gazing_ratio, task_loss_requirement, temperature, reference, generator)
+        if stream.reference and stream.requirement is not None and B * num_copies > 1:
+            # published early stopping lets clips of a batch disturb each other; one clip at a time is what it means
+            rows = [stream.for_row(i).run(self.embed(video[i % B:i % B + 1])[0]) for i in range(B * num_copies)]
+            return self.merge(rows)
+        with torch.no_grad():
+            return stream.run(self.embed(video)[0].repeat(num_copies, 1, 1, 1))
+
+    def stream(self, batch_size=1, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None, generator=None):
+        """Frame in, gaze out: an object whose step(frame (B, 3, R', R')) returns that frame's gaze dict."""
+        return GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator)
+
+    def gazing_mask(self, gazing):
+        """List of S tensors (B, T, V_s), 1 where a patch is gazed."""
+        V, n = self.config.num_ids, gazing["num_gazing_each_frame"]
+        pos, padded = gazing["gazing_pos"], gazing["if_padded_gazing"]
+        flat = torch.zeros(len(pos), len(n) * V + 1, device=pos.device)
+        flat.scatter_(1, torch.where(padded, len(n) * V, pos), 1.0)  # padded slots fall into one column, cut off
+        return list(flat[:, :-1].view(len(pos), len(n), V).split(self.config.ids_per_scale, dim=2))
+
+    def merge(self, rows):
+        """Gaze dicts of single clips -> one dict of the batch."""
+        frames = [[split_frames(row)[t] for row in rows] for t in range(len(rows[0]["num_gazing_each_frame"]))]
+        out = []
+        for t, parts in enumerate(frames):
+            n_t = max(ids.shape[1] for ids, _ in parts)
+            ids = [F.pad(i, (0, n_t - i.shape[1]), value=self.config.num_ids * (t + 1)) for i, _ in parts]
+            out.append((torch.cat(ids), torch.cat([F.pad(p, (0, n_t - p.shape[1]), value=True) for _, p in parts])))
+        gazing = join_frames(out)
+        return gazing | {"gazing_mask": self.gazing_mask(gazing)}
+
+
+def already_gazed(ids, n, V):
+    """(B, N, V + 1) True where an id was taken earlier in the same frame, and for the padding id V everywhere."""
+    taken = []
+    for frame_ids in ids.split(n, dim=1):
+        one_hot = F.one_hot(frame_ids, V + 1)
+        taken.append((one_hot.cumsum(1) - one_hot) > 0)
+    taken = torch.cat(taken, dim=1)
+    taken[..., V] = True
+    # a padded slot "takes" V, whose logit must stay finite to be gathered: its log-probability is set to 0 afterwards
+    return taken & (ids != V).unsqueeze(-1)
+
+
+def split_frames(gazing):
+    """Gaze dict -> per frame (gazing_pos (B, n_t), if_padded (B, n_t))."""
+    n = gazing["num_gazing_each_frame"].tolist()
+    return list(zip(gazing["gazing_pos"].split(n, dim=1), gazing["if_padded_gazing"].split(n, dim=1), strict=True))
+
+
+def join_frames(frames):
+    return {"gazing_pos": torch.cat([ids for ids, _ in frames], dim=1),
+            "if_padded_gazing": torch.cat([p for _, p in frames], dim=1),
+            "num_gazing_each_frame": torch.tensor([ids.shape[1] for ids, _ in frames])}
+
+
+def per_clip_and_frame(value, B, name):
+    """float | list of T | (B, T) -> a function of t that gives (B,) values."""
+    value = torch.as_tensor(value, dtype=torch.float64).cpu()
+    if value.dim() == 0:
+        return lambda t: value.expand(B)
+    if value.dim() == 2 and len(value) == 1:
+        value = value[0]
+    if value.dim() == 2 and len(value) != B:
+        raise ValueError(f"{name} has {len(value)} rows for {B} clips")
+
+    def at(t):
+        if t >= value.shape[-1]:
+            raise ValueError(f"{name} has values for {value.shape[-1]} frames, frame {t} was asked")
+        return value[t].expand(B) if value.dim() == 1 else value[:, t]
+    return at
+
+
+class GazeStream:
+    """The state of decoding: the encoder's last frames, the KV cache, and the last block of gazes not yet in it.
+
+    Each clip's real tokens lie packed at the front of its row of the cache, so a clip's result cannot depend on what
+    its batch neighbours do, and a token's RoPE position is its index.
+    """
+
+    def __init__(self, model, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator):
+        c = self.c = model.config
+        self.model, self.B, self.temperature, self.generator = model, batch_size, temperature, generator
+        self.reference = c.reference_decoding if reference is None else reference
+        if gazing_ratio is None and task_loss_requirement is None:
+            gazing_ratio, task_loss_requirement = c.gazing_ratio, c.task_loss_requirement
+        ratio = torch.as_tensor(1.0 if gazing_ratio is None else gazing_ratio, dtype=torch.float64)
+        if not ((ratio >= 0) & (ratio <= 1)).all() or ratio.max() == 0:
+            raise ValueError(f"gazing_ratio must lie in (0, 1], got {gazing_ratio}")
+        self.ratio = per_clip_and_frame(ratio, batch_size, "gazing_ratio")
+        self.requirement = None
+        if task_loss_requirement is not None:
+            self.requirement = per_clip_and_frame(task_loss_requirement, batch_size, "task_loss_requirement")
+        self.frame, self.past, self.pending = 0, None, None
+        p = next(model.parameters())
+        self.device = p.device
+        # an int while all clips have the same number of tokens, else (B,)
+        self.length, self.longest = 0, 0
+        self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads)
+
+    def for_row(self, i):
+        """The same settings for clip i alone, at the start of its video."""
+        row = GazeStream(self.model, 1, 1.0, None, self.temperature, self.reference, self.generator)
+        row.ratio = lambda t: self.ratio(t)[i:i + 1]
+        row.requirement = lambda t: self.requirement(t)[i:i + 1]
+        return row
+
+    @torch.no_grad()
+    def step(self, frame):
+        """frame (B, 3, R', R') normalised pixels -> this frame's gaze dict; gazing_pos counts within the frame."""
+        vision, self.past = self.model.embed(frame.unsqueeze(1), self.past)
+        gazing = join_frames([self.gaze_frame(vision[:, 0])])
+        return gazing | {"gazing_mask": self.model.gazing_mask(gazing)}
+
+    @torch.no_grad()
+    def run(self, vision):  # (B, T, P, D): all frames at once
+        T, V = vision.shape[1], self.c.num_ids
+        self.reserve(sum(vision.shape[2] + int(self.budget(t).max()) for t in range(T)) + self.c.num_multi_token_pred)
+        frames = [self.gaze_frame(vision[:, t]) for t in range(T)]
+        gazing = join_frames([(ids + V * t, padded) for t, (ids, padded) in enumerate(frames)])
+        return gazing | {"gazing_mask": self.model.gazing_mask(gazing)}
+
+    def budget(self, t):
+        # 1e-4: a ratio written as n / V must give n, whatever the rounding
+        return (self.ratio(t) * self.c.num_ids + 1e-4).floor().long().clamp(min=1)
+
+    def reserve(self, length):
+        have = self.cache.shape[4]
+        if length > have:
+            cache = self.cache.new_zeros(*self.cache.shape[:4], max(length, 2 * have), self.cache.shape[5])
+            cache[..., :have, :] = self.cache
+            self.cache = cache
+
+    def feed(self, x, keep, positions=None):
+        """Append tokens x (B, q, D) to the cache; keep (B, q) or None marks the real ones. Returns hidden states (B, q, D)."""
+        q = x.shape[1]
+        went = None
+        if keep is not None and bool(keep.all()):
+            keep = None
+        if keep is not None:
+            order, went = pack_front(keep)
+            x = take(x, order)
+        uniform = isinstance(self.length, int)
+        index = torch.arange(q, device=self.device) + (self.length if uniform else self.length.unsqueeze(1))  # (q,) | (B, q)
+        total = self.longest + q
+        self.reserve(total)
+        # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later
+        mask = torch.arange(total, device=self.device) <= index.unsqueeze(-1)
+        mask = mask if uniform else mask.unsqueeze(1)
+
+        def remember(layer, k, v):
+            for cache, new in zip(self.cache[:, layer], (k, v), strict=True):
+                if uniform:
+                    cache[:, :, self.length:total] = new
+                else:
+                    cache.scatter_(2, index[:, None, :, None].expand_as(new), new)
+            return self.cache[0, layer, :, :, :total], self.cache[1, layer, :, :, :total]
+
+        h = self.model.decoder(x, index if positions is None else positions, mask, remember)
+        if keep is None:
+            self.length, self.longest = self.length + q, total
+        else:
+            self.length = self.length + keep.sum(1)
+            self.longest = int(self.length.max())
+            if int(self.length.min()) == self.longest:
+                self.length = self.longest
+        return h if went is None else take(h, went)
+
+    def gaze_frame(self, vision):
+        """vision (B, P, D) -> ids within the frame (B, n_t) and padding (B, n_t)."""
+        model, V, K, B = self.model, self.c.num_ids, self.c.num_multi_token_pred, self.B
+        P = vision.shape[1]
+        x, keep = vision, None
+        if self.pending is not None:  # the last block of the frame before enters together with this frame's vision tokens
+            ids, padded = self.pending
+            x = torch.cat([model.decoder.embed_tokens(ids), vision], dim=1)
+            keep = F.pad(~padded, (0, P), value=True)
+        h = self.feed(x, keep)[:, -1]
+        seen = self.length
+        budget = self.budget(self.frame).to(self.device)
+        limit = int(self.budget(self.frame).max())
+        requirement = None if self.requirement is None else self.requirement(self.frame).to(self.device)
+        banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
+        banned[:, V] = True
+        stopped = torch.zeros(B, dtype=torch.bool, device=self.device)
+        all_ids, all_padded = [], []
+        while True:
+            h = model.decoder.norm(h)
+            logits = model.lm_head(h).view(B, K, V + 1).float()
+            loss = model.task_loss_prediction_head(h).float()
+            ids, padded = [], []
+            for i in range(min(K, limit - K * len(all_ids))):
+                j = K * len(all_ids) + i
+                over = budget <= j
+                if requirement is not None and j > 0:
+                    over = over | (loss[:, i] <= requirement)
+                stopped = stopped | over
+                pick = self.choose(logits[:, i].masked_fill(banned, float("-inf")))
+                banned = banned.scatter(1, pick.unsqueeze(1), True)
+                padded.append(over if self.reference else stopped)
+                ids.append(pick.masked_fill(padded[-1], V))
+            ids, padded = torch.stack(ids, 1), torch.stack(padded, 1)
+            all_ids.append(ids)
+            all_padded.append(padded)
+            may_stop = requirement is not None or int(budget.min()) < limit
+            if K * len(all_ids) >= limit or (may_stop and bool(stopped.all())):
+                break
+            positions = None
+            if self.reference:  # the published code decodes every block at the positions of the last K vision tokens
+                positions = torch.arange(-K, 0, device=self.device) + (seen if isinstance(seen, int) else seen.unsqueeze(1))
+            h = self.feed(model.decoder.embed_tokens(ids), ~padded if may_stop else None, positions)[:, -1]
+        self.pending = ids, padded
+        self.frame += 1
+        ids, padded = torch.cat(all_ids, 1), torch.cat(all_padded, 1)
+        if not self.reference:
+            n_t = int((~padded).sum(1).max())
+            ids, padded = ids[:, :n_t], padded[:, :n_t]
+        return ids, padded
+
+    def choose(self, logits):  # (B, V + 1) -> (B,)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits / self.temperature
+        if self.reference and logits.shape[-1] > 50:  # the published code samples through its library's default top-50 filter
+            logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], float("-inf"))
+        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
+
+
+def download(hub_id, names):
+    """Fetch files of a hub repository into the local cache; says from where and under which licence."""
+    from huggingface_hub import hf_hub_download
+    print(WEIGHTS_NOTICE.format(hub_id))
+    try:
+        return Path([hf_hub_download(hub_id, n) for n in names][0]).parent
+    except Exception as e:
+        raise FileNotFoundError(f"{hub_id}: neither a folder here nor reachable on the hub ({type(e).__name__})") from e
+
+
+def describe(config):
+    """One line for logs: what the settings mean in numbers."""
+    c = config
+    return (f"{c.scales} px, patch {c.patch_size}: {'+'.join(map(str, c.ids_per_scale))} = {c.num_ids} ids per frame, "
+            f"{c.max_num_frames} frames, {c.num_multi_token_pred} slots at once")
+
+

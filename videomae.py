@@ -1,0 +1,364 @@
+"""The frozen reconstructor: a block-causal, multi-scale masked autoencoder for video, and the losses that judge it.
+
+    mae = VideoMAE.from_pretrained("out/toy/videomae")         # a folder, a state-dict file, or a hub id
+    reconstruction, loss = mae(video, gazing, frames=[0, 7])   # (B, F, 3, R, R), (B, F)
+
+From the gazed patches alone it paints whole frames: frame t is reconstructed from the patches gazed in frames <= t
+(paper, section 3.3 and appendix). `gazing` is the dict described in model.py; video is normalised by data.normalize.
+Module and parameter names follow Hugging Face's ViTMAE, so that published files load without a renaming table.
+
+Dimension key: B clips, T frames, F frames to reconstruct, S scales, V patch ids per frame, N gaze slots, L tokens, D width.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from data import IMAGE_MEAN, IMAGE_STD
+
+
+@dataclass
+class VideoMAEConfig:
+    """Field names of Hugging Face's ViTMAEConfig plus scales and max_num_frames. The defaults are the published ViT-L."""
+    scales: str = "32+64+112+224"
+    max_num_frames: int = 256
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.scale_list[-1] != self.image_size or any(s % self.patch_size for s in self.scale_list):
+            raise ValueError(f"scales={self.scales!r} must be multiples of patch_size={self.patch_size} "
+                             f"and end with image_size={self.image_size}")
+
+    @property
+    def scale_list(self):
+        return [int(s) for s in self.scales.split("+")]
+
+    @property
+    def ids_per_scale(self):
+        return [(s // self.patch_size) ** 2 for s in self.scale_list]
+
+    @classmethod
+    def from_file(cls, path):
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in json.loads(Path(path).read_text()).items() if k in known})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# transformer
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with the module names of ViTMAELayer."""
+
+    def __init__(self, dim, num_heads, mlp, eps):
+        super().__init__()
+        def linear(i, o):
+            return nn.ModuleDict({"dense": nn.Linear(i, o)})
+        self.num_heads = num_heads
+        self.attention = nn.ModuleDict({
+            "attention": nn.ModuleDict({n: nn.Linear(dim, dim) for n in ("query", "key", "value")}), "output": linear(dim, dim)})
+        self.intermediate, self.output = linear(dim, mlp), linear(mlp, dim)
+        self.layernorm_before, self.layernorm_after = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+
+    def qkv(self, x):
+        y = self.layernorm_before(x)
+        return [rearrange(self.attention.attention[n](y), "b l (h d) -> b h l d", h=self.num_heads)
+                for n in ("query", "key", "value")]
+
+    def finish(self, x, y):  # y (B, H, L, d): what attention returned
+        x = x + self.attention.output.dense(rearrange(y, "b h l d -> b l (h d)"))
+        return x + self.output.dense(F.gelu(self.intermediate.dense(self.layernorm_after(x))))
+
+    def forward(self, x, ends, keep):
+        q, k, v = self.qkv(x)
+        return self.finish(x, block_causal_attention(q, k, v, ends, keep))
+
+
+def block_causal_attention(q, k, v, ends, keep=None):
+    """Attention in which a block of tokens sees itself and all earlier blocks.
+
+    q, k, v (B, H, L, d); ends: index after the last token of each block, ascending, the last is L. keep (B, L) True for
+    tokens that others may see. No L x L mask: each block's queries meet a growing slice of the keys.
+    """
+    if q.shape[2] < 1024:  # short: one call with a mask is quicker than one per block
+        block = torch.repeat_interleave(torch.arange(len(ends)), torch.tensor(ends).diff(prepend=torch.tensor([0])))
+        mask = (block.unsqueeze(1) >= block).to(q.device)  # (L, L)
+        if keep is not None:
+            mask = mask & keep[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out, start = [], 0
+    for end in ends:
+        if end > start:
+            mask = None if keep is None else keep[:, None, None, :end]
+            out.append(F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], attn_mask=mask))
+        start = end
+    return torch.cat(out, dim=2)
+
+
+def sincos_positions(dim, side):
+    """(1 + side², dim) fixed positions: zeros for CLS; the column in the first half, the row in the second, sin then cos."""
+    freq = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    halves = [torch.cat([torch.sin(a), torch.cos(a)], dim=1) for a in (x.reshape(-1, 1) * freq for x in (col, row))]
+    return torch.cat([torch.zeros(1, dim), torch.cat(halves, dim=1).float()])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoder and decoder
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        d, side = c.hidden_size, c.image_size // c.patch_size
+        self.c = c
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.position_embeddings = nn.Parameter(sincos_positions(d, side).unsqueeze(0), requires_grad=False)
+        self.scale_embed = nn.Parameter(torch.zeros(len(c.scale_list), d))
+        self.time_embed = nn.Parameter(torch.zeros(c.max_num_frames, d))
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(c.num_channels, d, c.patch_size, c.patch_size)})
+
+    def grid_positions(self):
+        """(V, D): the finest grid's positions resized bicubically to every scale's grid, plus the scale embeddings."""
+        side = self.c.image_size // self.c.patch_size
+        grid = rearrange(self.position_embeddings[:, 1:], "1 (h w) d -> 1 d h w", h=side)
+        out = []
+        for s, n in enumerate(self.c.scale_list):
+            n = n // self.c.patch_size
+            p = grid if n == side else F.interpolate(grid, (n, n), mode="bicubic", align_corners=False)
+            out.append(rearrange(p, "1 d h w -> (h w) d") + self.scale_embed[s])
+        return torch.cat(out)
+
+    def forward(self, video, first_frame=0):
+        """video (B, T, 3, R, R) -> the embedding of every patch id of every frame (B, T, V, D)."""
+        B, T = video.shape[:2]
+        tokens = []
+        for side in self.c.scale_list:
+            x = video.flatten(0, 1)
+            if side != x.shape[-1]:
+                x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False)
+            tokens.append(self.patch_embeddings.projection(x).flatten(2).transpose(1, 2))
+        x = torch.cat(tokens, dim=1).unflatten(0, (B, T))
+        return x + self.grid_positions() + self.time_embed[first_frame:first_frame + T, None]
+
+    def cls(self):  # (1, 1, D)
+        return self.cls_token + self.position_embeddings[:, :1]
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        d, side = c.decoder_hidden_size, c.image_size // c.patch_size
+        self.c = c
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(d, side).unsqueeze(0), requires_grad=False)
+        self.decoder_scale_embed = nn.Parameter(torch.zeros(len(c.scale_list), d))
+        self.time_embed = nn.Parameter(torch.zeros(c.max_num_frames, d))
+        self.decoder_embed = nn.Linear(c.hidden_size, d)
+        self.decoder_layers = nn.ModuleList(
+            Block(d, c.decoder_num_attention_heads, c.decoder_intermediate_size, c.layer_norm_eps)
+            for _ in range(c.decoder_num_hidden_layers))
+        self.decoder_norm = nn.LayerNorm(d, eps=c.layer_norm_eps)
+        self.decoder_pred = nn.Linear(d, c.patch_size ** 2 * c.num_channels)
+
+    def grid_positions(self):
+        """(V, D). A quirk the published weights rely on: the flattened positions are resized in one dimension."""
+        flat = self.decoder_pos_embed[:, 1:].transpose(1, 2).unsqueeze(2)  # (1, D, 1, P)
+        out = []
+        for s, n in enumerate(self.c.ids_per_scale):
+            p = flat if n == flat.shape[-1] else F.interpolate(flat, (1, n), mode="bicubic", align_corners=False)
+            out.append(p[0, :, 0].T + self.decoder_scale_embed[s])
+        return torch.cat(out)
+
+    def cls(self, h):  # h (B, 1, encoder width): the encoder's CLS -> (B, 1, D)
+        return self.decoder_embed(h) + self.decoder_pos_embed[:, :1]
+
+    def pixels(self, x):
+        """Hidden states of a frame's finest tokens (…, P, D) -> pixels (…, 3, R, R)."""
+        c = self.c
+        x = self.decoder_pred(self.decoder_norm(x))
+        return rearrange(x, "... (h w) (p q c) -> ... c (h p) (w q)", h=c.image_size // c.patch_size, p=c.patch_size,
+                         q=c.patch_size)
+
+
+class VideoMAE(nn.Module):
+    """See the module's docstring. loss_type and loss_weights: terms joined by '+', for instance
+    "l1+dinov2_reg+siglip2" and "1+0.3+0.3"; dinov2_reg and siglip2 name the folder or hub id of those networks."""
+
+    def __init__(self, config, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None):
+        super().__init__()
+        c = self.config = config
+        self.vit = nn.ModuleDict({
+            "embeddings": Embeddings(c),
+            "encoder": nn.ModuleDict({"layer": nn.ModuleList(
+                Block(c.hidden_size, c.num_attention_heads, c.intermediate_size, c.layer_norm_eps)
+                for _ in range(c.num_hidden_layers))}),
+            "layernorm": nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)})
+        self.decoder = Decoder(c)
+        std = c.initializer_range
+        for name, p in self.named_parameters():
+            if p.requires_grad and p.dim() > 1:
+                nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        self.loss = ReconstructionLoss(loss_type, loss_weights)
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(cls, path, config=None, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None):
+        """Load a folder (config.json + weights) or a state-dict file (.pt, .safetensors; config=None: the published ViT-L)."""
+        path = Path(path)
+        if path.is_dir():
+            config = config or VideoMAEConfig.from_file(path / "config.json")
+            path = path / "model.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no VideoMAE weights there (expected a folder written by train_videomae.py, "
+                                    "or a state-dict file)")
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.device("meta"):
+            mae = cls(config or VideoMAEConfig(), loss_type, loss_weights, dinov2_reg, siglip2)
+        state = {}
+        for name, t in tensors.items():
+            for prefix in ("module.", "mae."):
+                name = name.removeprefix(prefix)
+            if not name.startswith(("dinov2_reg.", "siglip2.")):
+                state[name] = t.float()
+        want = mae.state_dict()
+        wrong = [f"missing {n}" for n in want if n not in state] + [f"unexpected {n}" for n in state if n not in want]
+        wrong += [f"{n} is {tuple(t.shape)}, the config needs {tuple(want[n].shape)}" for n, t in state.items()
+                  if n in want and t.shape != want[n].shape]
+        if wrong:
+            raise ValueError(f"{path} does not fit: " + "; ".join(wrong[:8])
+                             + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        mae.load_state_dict(state, assign=True)
+        return mae
+
+    def save_pretrained(self, folder):
+        """Write config.json + model.safetensors; each file appears whole or not at all."""
+        from safetensors.torch import save_file
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: p.detach().cpu().contiguous() for n, p in self.state_dict().items()}, folder / "model.safetensors.tmp")
+        (folder / "config.json.tmp").write_text(json.dumps(asdict(self.config) | {"model_type": "vit_mae"}, indent=2) + "\n")
+        for name in ("config.json", "model.safetensors"):
+            os.replace(folder / (name + ".tmp"), folder / name)
+
+    def freeze(self):
+        return self.eval().requires_grad_(False)
+
+    # ---- reconstruction
+
+    def forward(self, video, gazing, frames):
+        """Reconstruct frames from the gazes of these and earlier frames, and measure each one's loss.
+
+        video (B, T, 3, R, R) normalised pixels; frames: F indices in any order, the output follows it. gazing: B clips,
+        or G·B copies (copy-major, g·B + b), whose patch embeddings and loss targets are then computed once per clip.
+        Returns (reconstruction (rows, F, 3, R, R), loss (rows, F)).
+        """
+        reconstruction = self.reconstruct(video, gazing, frames)
+        rows, B = len(reconstruction), len(video)
+        return reconstruction, self.loss(reconstruction, video[:, frames].repeat(rows // B, 1, 1, 1, 1))
+
+    def reconstruct(self, video, gazing, frames):
+        frames = [int(f) for f in frames]
+        V = sum(self.config.ids_per_scale)
+        n = gazing["num_gazing_each_frame"].tolist()
+        assert video.shape[-1] == video.shape[-2] == self.config.image_size and len(n) == video.shape[1]
+        last = max(frames) + 1  # nothing later can matter
+        n = n[:last]
+        N = sum(n)
+        padded = gazing["if_padded_gazing"][:, :N]
+        rows, B = len(padded), len(video)
+        assert rows % B == 0
+        pos = gazing["gazing_pos"][:, :N].masked_fill(padded, 0)  # padded slots take any token; the caller's tensor stays
+        keep = F.pad(~padded, (1, 0), value=True) if padded.any() else None
+
+        # encoder: CLS and the gazed tokens, block-causal over frames
+        e = self.vit.embeddings
+        tokens = e(video[:, :last]).flatten(1, 2).repeat(rows // B, 1, 1)  # (rows, last·V, D)
+        x = torch.cat([e.cls().expand(rows, -1, -1), tokens.gather(1, pos.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))], 1)
+        ends = [1]
+        for n_t in n:
+            ends.append(ends[-1] + n_t)
+        for layer in self.vit.encoder.layer:
+            x = layer(x, ends, keep)
+        x = self.vit.layernorm(x)
+        return self.decode(x, pos, padded, n, frames)
+
+    def decode(self, x, pos, padded, n, frames):
+        """x (rows, 1 + N, D) encoded CLS and gazes -> pixels of `frames`. Those frames get all V tokens, others their gazes."""
+        d, V = self.decoder, sum(self.config.ids_per_scale)
+        rows, P = len(x), self.config.ids_per_scale[-1]
+        seen, grid = d.decoder_embed(x[:, 1:]), d.grid_positions()
+        parts, keep, ends, at, full_at = [d.cls(x[:, :1])], [padded.new_ones(rows, 1)], [1], 0, {}
+        for t, n_t in enumerate(n):
+            slots, ids, pad = seen[:, at:at + n_t], pos[:, at:at + n_t] - V * t, padded[:, at:at + n_t]
+            ids = ids.masked_fill(pad, 0)
+            if t in frames:
+                full_at[t] = ends[-1]
+                full = d.mask_token.expand(rows, V + 1, -1)
+                # padded slots are written to a column that is cut off again
+                index = ids.masked_fill(pad, V).unsqueeze(-1).expand_as(slots)
+                part = full.scatter(1, index, slots)[:, :V] + grid
+                keep.append(padded.new_ones(rows, V))
+            else:
+                part = slots + grid[ids]
+                keep.append(~pad)
+            parts.append(part + d.time_embed[t])
+            ends.append(ends[-1] + part.shape[1])
+            at += n_t
+        x = torch.cat(parts, dim=1)
+        keep = torch.cat(keep, dim=1)
+        keep = None if not padded.any() else keep
+        for layer in d.decoder_layers:
+            x = layer(x, ends, keep)
+        finest = torch.stack([x[:, full_at[t] + V - P:full_at[t] + V] for t in frames], dim=1)
+        return d.pixels(finest)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# losses
+
+
+class ReconstructionLoss(nn.Module):
+    """Weighted sum of terms, each one number per frame. l1: mean |x̂ - x| over normalised pixels."""
+
+    def __init__(self, loss_type="l1", loss_weights="1"):
+        super().__init__()
+        self.terms = loss_type.split("+")
+        self.weights = [float(w) for w in loss_weights.split("+")]
+        if len(self.terms) != len(self.weights):
+            raise ValueError(f"loss_type={loss_type!r} and loss_weights={loss_weights!r} name different numbers of terms")
+        for term in self.terms:
+            if term != "l1":
+                raise ValueError(f"loss_type={loss_type!r}: unknown term {term!r}, known: l1")
+
+    def forward(self, reconstruction, target):  # (…, 3, R, R) both -> (…)
+        return self.weights[0] * (reconstruction - target).abs().mean(dim=(-3, -2, -1))
+
+
+def pixel_statistics(device=None):
+    """Mean and standard deviation (3, 1, 1) that data.normalize uses."""
+    return (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
