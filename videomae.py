@@ -19,8 +19,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from data import IMAGE_MEAN, IMAGE_STD
-
 
 @dataclass
 class VideoMAEConfig:
@@ -279,7 +277,9 @@ class VideoMAE(nn.Module):
         """
         reconstruction = self.reconstruct(video, gazing, frames)
         rows, B = len(reconstruction), len(video)
-        return reconstruction, self.loss(reconstruction, video[:, frames].repeat(rows // B, 1, 1, 1, 1))
+        target = self.loss.target(video[:, frames])
+        loss = self.loss(reconstruction.unflatten(0, (rows // B, B)), target)  # (G, B, F)
+        return reconstruction, loss.flatten(0, 1)
 
     def reconstruct(self, video, gazing, frames):
         frames = [int(f) for f in frames]
@@ -355,10 +355,10 @@ class ReconstructionLoss(nn.Module):
             if term != "l1":
                 raise ValueError(f"loss_type={loss_type!r}: unknown term {term!r}, known: l1")
 
-    def forward(self, reconstruction, target):  # (…, 3, R, R) both -> (…)
+    def target(self, frames):
+        """What `forward` needs of the true frames (…, 3, R, R); compute it once where it is used often."""
+        return frames
+
+    def forward(self, reconstruction, target):
+        """reconstruction (…, 3, R, R), target from self.target (broadcast) -> loss (…)"""
         return self.weights[0] * (reconstruction - target).abs().mean(dim=(-3, -2, -1))
-
-
-def pixel_statistics(device=None):
-    """Mean and standard deviation (3, 1, 1) that data.normalize uses."""
-    return (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))

@@ -1,0 +1,167 @@
+"""
+Settings of a script: a dataclass at its top (a type, a default and a comment per key), then
+
+    cfg = configurator.parse(Config, sys.argv[1:])
+
+    python train.py config/toy.py --lr=1e-3 labels=none     # from left to right, the last one wins
+    python train.py -h                                      # every key with its default and its comment
+
+Types: int, float, bool, str, Literal, and each with `| None`. A config file is plain Python, `lr = 1e-3` per line;
+names that start with _ are its own. A method check(self) of the class runs last and raises ValueError with the fix.
+"""
+import ast
+import difflib
+import inspect
+import io
+import math
+import os
+import runpy
+import sys
+import textwrap
+import tokenize
+from dataclasses import fields
+from decimal import Decimal
+from types import ModuleType, NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+SHELL = "command line"
+
+
+class ConfigError(ValueError):
+    """A setting the user has to change; the message says where it stands and what to write."""
+
+
+def parse(cls, argv, verbose=None):
+    """load() for a script: answers -h, and a mistake ends in one line and exit code 2 instead of a traceback."""
+    if "-h" in argv or "--help" in argv:
+        print(help_text(cls))
+        raise SystemExit(0)
+    try:
+        return load(cls, argv, verbose)
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def load(cls, argv, verbose=None):
+    """cls with the overrides in argv. verbose: print them; None = on rank 0 only. Raises ConfigError."""
+    hints, chosen = get_type_hints(cls), {}  # chosen: key -> (value, source)
+    for arg in argv:
+        key, equals, text = arg.removeprefix("--").partition("=")
+        if arg.endswith(".py") and not (equals and key.isidentifier()):  # init=a.py is a setting, runs/lr=1/a.py a file
+            for key, value in read_file(arg, hints).items():
+                chosen[key] = convert(key, hints, value, arg), arg
+        elif equals:
+            chosen[key] = convert(key, hints, text, SHELL), SHELL
+        elif key in hints:  # `--key value` or a bare `--flag`: one form only, so that no typo passes as a value
+            form = f"--{key}=true or --{key}=false" if hints[key] is bool else f"--{key}=value"
+            raise ConfigError(f"{arg} has no value ({SHELL}): write {form}")
+        elif arg.startswith("-"):
+            raise unknown(key, hints, SHELL)
+        else:
+            raise ConfigError(f"{arg!r} ({SHELL}) is neither key=value nor a config file (.py)")
+    try:
+        cfg = cls(**{key: value for key, (value, _) in chosen.items()})
+        if hasattr(cfg, "check"):
+            cfg.check()
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    if verbose or verbose is None and os.environ.get("RANK", "0") == "0":
+        for key, (value, source) in chosen.items():
+            print(f"override {key} = {value!r} ({source})")
+    return cfg
+
+
+def describe(cfg):
+    """Every setting, one aligned `key = value` per line, in the form a config file has."""
+    width = max(len(f.name) for f in fields(cfg))
+    return "\n".join(f"{f.name:<{width}} = {getattr(cfg, f.name)!r}" for f in fields(cfg))
+
+
+def read_file(path, hints):
+    if not os.path.isfile(path):
+        raise ConfigError(f"config file {path} not found (looked from {os.getcwd()})")
+    try:
+        names = runpy.run_path(path)
+    except Exception as e:
+        raise ConfigError(f"config file {path}: {type(e).__name__}: {e}") from e
+    for key in names.get("__annotations__", {}).keys() - names:  # YAML's `lr: 1e-3` is valid Python that sets nothing
+        raise ConfigError(f"{key} has no value ({path}): write {key} = value")
+    # modules, functions and classes are no settings, unless they took a key's name: then convert refuses them
+    return {key: value for key, value in names.items() if key in hints or not (
+        key.startswith("_") or isinstance(value, ModuleType) or callable(value))}
+
+
+def unknown(key, hints, source):
+    near = difflib.get_close_matches(key.replace("-", "_"), hints, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "-h lists the keys"
+    return ConfigError(f"unknown key {key!r} ({source}): {hint}")
+
+
+def convert(key, hints, value, source):
+    """value as the type of key asks: text from the shell is read, Python from a file has to have the type already."""
+    if key not in hints:
+        raise unknown(key, hints, source)
+    hint, typed = hints[key], source == SHELL
+    word = value.lower() if typed else value
+    if get_origin(hint) in (Union, UnionType):
+        if word == "none" and typed or value is None:
+            return None
+        hint = next(a for a in get_args(hint) if a is not NoneType)
+    if get_origin(hint) is Literal:
+        same = [c for c in get_args(hint) if (str(c) if typed else c) == value and (typed or type(c) is type(value))]
+        if same:
+            return same[0]
+    elif hint is bool and (word in SWITCH if typed else isinstance(value, bool)):
+        return SWITCH[word] if typed else value
+    elif hint is str and isinstance(value, str):
+        return value
+    elif hint in (int, float) and (typed or isinstance(value, (int, float)) and not isinstance(value, bool)):
+        try:
+            number = float(value)
+            if hint is float and math.isfinite(number):
+                return number
+            if hint is int and number.is_integer():
+                return int(Decimal(str(value)))  # 1e3 is 1000, and a long seed keeps the digits a float would lose
+        except (ValueError, OverflowError):
+            pass
+    raise ConfigError(f"{key}: expected {type_name(hints[key])}, got {value!r} ({source})")
+
+
+def type_name(hint):
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    return " | ".join(map(type_name, get_args(hint))) or ("none" if hint is NoneType else hint.__name__)
+
+
+def help_text(cls):
+    doc = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""
+    lines = [doc.strip(), "", "settings with their defaults; config/file.py and --key=value override, last one wins"]
+    hints, comments, default = get_type_hints(cls), read_comments(cls), cls()
+    for f in fields(cls):
+        above, comment = comments.get(f.name, ([], ""))
+        value = getattr(default, f.name)
+        text = str(value).lower() if value is None or isinstance(value, bool) else value
+        lines += ["", *above] if above else []
+        lines.append(f"  {f'--{f.name}={text}':<32}  {type_name(hints[f.name])}{': ' if comment else ''}{comment}")
+    return "\n".join(lines).strip()
+
+
+def read_comments(cls):
+    """{key: (comment lines right above, comment at the end of its line)}; empty where there is no source file."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):
+        return {}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    notes = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}  # line number -> comment
+    found = {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            above, n = [], node.lineno - 1
+            while n in notes and notes[n].line.strip().startswith("#"):
+                above, n = [notes[n].string.strip("#-= "), *above], n - 1
+            comment = notes[node.end_lineno].string.lstrip("# ") if node.end_lineno in notes else ""
+            found[node.target.id] = above, comment
+    return found

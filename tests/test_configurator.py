@@ -1,0 +1,191 @@
+"""Settings: what a person types or writes into a file becomes the typed value, or an error that says what to write."""
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import configurator
+from configurator import ConfigError
+
+
+@dataclass
+class Config:
+    # data
+    root: str = "data/toy"                                 # folders, separated by commas
+    labels: str | None = None                              # none = <root>/labels.json
+    # ---- optimizer ----
+    # (published values)
+    lr: float = 5e-4                                       # peak # of the schedule
+    clip: float | None = 1.0
+    steps: int = 1000                                      # optimizer steps
+    limit: int | None = None
+    compile: bool = False                                  # faster after a minute
+    split: Literal["uniform", "dirichlet"] = "uniform"     # how the budget is drawn
+    patch: Literal[8, 16] | None = (
+        16
+    )  # pixels
+
+    # about check, not about a key
+    def check(self):
+        if self.steps < 0:
+            raise ValueError("steps is negative: write --steps=0 or more")
+
+
+def load(*argv):
+    return configurator.load(Config, argv, verbose=False)
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("arg, expected", [
+    ("--lr=1", 1.0), ("lr=1e-3", 1e-3), ("--lr=-.5", -0.5),
+    ("--clip=none", None), ("--clip=2", 2.0),
+    ("--steps=1e3", 1000), ("steps=7", 7), ("--steps=12345678901234567891", 12345678901234567891),
+    ("--limit=None", None), ("--limit=3", 3),
+    ("--compile=true", True), ("--compile=False", False), ("compile=1", True), ("--compile=0", False),
+    ("--compile=YES", True), ("--compile=no", False), ("--compile=On", True), ("--compile=off", False),
+    ("--root=5", "5"), ("--root=true", "true"), ("--root=none", "none"), ("--root=", ""), ("--root=a=b", "a=b"),
+    ("root=--x y", "--x y"), ("--root=a.py", "a.py"), ("root=a.py", "a.py"),
+    ("--labels=none", None), ("--labels=x.json", "x.json"),
+    ("--split=dirichlet", "dirichlet"), ("--patch=8", 8), ("--patch=none", None),
+])
+def test_typed_values(arg, expected):
+    key = arg.removeprefix("--").split("=")[0]
+    value = getattr(load(arg), key)
+    assert value == expected and type(value) is type(expected)
+    assert asdict(load(arg)) == asdict(Config()) | {key: expected}
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--lrr=1"], ["'lrr'", "command line", "did you mean lr?"]),
+    (["--step=1"], ["did you mean steps?"]),
+    (["-lr=1"], ["'-lr'", "did you mean lr?"]),
+    (["--compil"], ["did you mean compile?"]),
+    (["--zzzzzz=1"], ["'zzzzzz'", "-h lists"]),
+    (["--lr", "0.1"], ["--lr has no value", "write --lr=value"]),
+    (["lr", "=", "0.1"], ["write --lr=value"]),
+    (["--compile"], ["--compile=true"]),
+    (["config/toy"], ["'config/toy'", "key=value", ".py"]),
+    (["config/absent.py"], ["config/absent.py", "not found"]),
+    (["runs/lr=1/absent.py"], ["runs/lr=1/absent.py", "not found"]),
+    (["--lr=fast"], ["lr", "expected float", "'fast'", "command line"]),
+    (["--lr="], ["expected float"]), (["--lr=nan"], ["expected float"]), (["--lr=-inf"], ["expected float"]),
+    (["--lr=none"], ["expected float"]), (["--lr=true"], ["expected float"]), (["--lr=1e999"], ["expected float"]),
+    (["--steps=1.5"], ["expected int", "'1.5'"]), (["--steps=inf"], ["expected int"]),
+    (["--steps=none"], ["expected int"]), (["--steps=true"], ["expected int"]),
+    (["--limit=many"], ["expected int | none"]),
+    (["--compile=2"], ["expected bool"]), (["--compile=none"], ["expected bool"]), (["--compile="], ["expected bool"]),
+    (["--split=Uniform"], ["expected uniform | dirichlet"]), (["--patch=9"], ["expected 8 | 16 | none"]),
+    (["--steps=-1"], ["write --steps=0"]),
+])
+def test_errors(argv, words):
+    with pytest.raises(ConfigError) as e:
+        load(*argv)
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("lr = 1", 1.0), ("lr = 1e-3", 1e-3), ("steps = 1e3", 1000), ("steps = 3 * 10", 30), ("compile = True", True),
+    ("clip = None", None), ("labels = 'none'", "none"), ("root = '5'", "5"), ("patch = 8", 8), ("patch = None", None),
+    ("import math as compile_\nfrom pathlib import Path\n_half = 2\ndef f(): pass\nlr = _half / 4", 0.5),
+    ("lr: float = 0.25", 0.25),
+])
+def test_file_values(tmp_path, line, expected):
+    path = write(tmp_path / "c.py", line)
+    key = line.splitlines()[-1].replace(":", " ").split()[0]
+    value = getattr(load(path), key)
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("learn = 1\nstpes = 5", ["'learn'"]), ("stpes = 5", ["'stpes'", "did you mean steps?"]),
+    ("lr = '1e-3'", ["lr", "expected float", "'1e-3'"]), ("lr = True", ["expected float"]), ("lr = None", ["expected"]),
+    ("lr = float('nan')", ["expected float"]), ("lr = 10 ** 400", ["expected float"]),
+    ("steps = 1.5", ["expected int"]), ("steps = True", ["expected int"]), ("steps = '5'", ["expected int"]),
+    ("compile = 1", ["expected bool"]), ("compile = 'true'", ["expected bool"]), ("root = 5", ["expected str"]),
+    ("root = None", ["expected str"]), ("split = 'even'", ["uniform | dirichlet"]), ("patch = '8'", ["8 | 16 | none"]),
+    ("patch = 8.0", ["8 | 16 | none"]), ("def split(): pass", ["split", "expected"]),
+    ("lr: 1e-3", ["lr has no value", "write lr = value"]), ("lr = x", ["NameError"]), ("lr = = 1", ["SyntaxError"]),
+])
+def test_file_errors(tmp_path, line, words):
+    path = write(tmp_path / "c.py", line)
+    with pytest.raises(ConfigError) as e:
+        load(path)
+    assert all(word in str(e.value) for word in [*words, path]), str(e.value)
+
+
+def test_last_wins_and_each_override_is_printed_once(tmp_path, capsys, monkeypatch):
+    a, b = write(tmp_path / "a.py", "lr = 1\nsteps = 1"), write(tmp_path / "b.py", "lr = 2")
+    assert load(a, b).lr == 2 and load(b, a).lr == 1
+    assert load(a, "--lr=3").lr == 3 and load("--lr=3", a).lr == 1 and load("--lr=3", "lr=4").lr == 4
+
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK", raising=False)
+    configurator.load(Config, [a, "--lr=0.001"])
+    assert capsys.readouterr().out == f"override lr = 0.001 (command line)\noverride steps = 1 ({a})\n"
+    monkeypatch.setenv("RANK", "1")
+    configurator.load(Config, [a])
+    assert capsys.readouterr().out == ""
+
+
+def test_described_settings_are_a_config_file(tmp_path):
+    cfg = load("--lr=1e-3", "--root=it's", "--labels=x", "--compile=1")
+    assert load(write(tmp_path / "c.py", configurator.describe(cfg))) == cfg
+
+
+def test_help():
+    text = configurator.help_text(Config)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert text.startswith("Settings: what a person types")
+    assert lines[lines.index("data"):] == [
+        "data",
+        "--root=data/toy str: folders, separated by commas",
+        "--labels=none str | none: none = <root>/labels.json",
+        "",
+        "optimizer",
+        "(published values)",
+        "--lr=0.0005 float: peak # of the schedule",
+        "--clip=1.0 float | none",
+        "--steps=1000 int: optimizer steps",
+        "--limit=none int | none",
+        "--compile=false bool: faster after a minute",
+        "--split=uniform uniform | dirichlet: how the budget is drawn",
+        "--patch=16 8 | 16 | none: pixels",
+    ]
+
+
+SCRIPT = '''"""Trains a toy. python toy.py --lr=1"""
+from __future__ import annotations
+import sys
+from dataclasses import dataclass
+import configurator
+
+@dataclass
+class Config:
+    # optimizer
+    lr: float | None = 5e-4  # published
+
+if __name__ == "__main__":
+    print(configurator.parse(Config, sys.argv[1:]))
+'''
+
+
+@pytest.mark.parametrize("argv, code, out, err", [
+    (["lr=1"], 0, ["override lr = 1.0 (command line)", "Config(lr=1.0)"], []),
+    (["--lrr=1", "-h"], 0, ["Trains a toy.", "optimizer", "--lr=0.0005", "float | none: published"], []),
+    (["--help"], 0, ["published"], []),
+    (["--lrr=1"], 2, [], ["error: unknown key 'lrr' (command line): did you mean lr?"]),
+])
+def test_script(tmp_path, monkeypatch, argv, code, out, err):
+    monkeypatch.setenv("PYTHONPATH", str(Path(configurator.__file__).parent))
+    monkeypatch.delenv("RANK", raising=False)
+    path = write(tmp_path / "toy.py", SCRIPT)
+    run = subprocess.run([sys.executable, path, *argv], capture_output=True, text=True)
+    assert run.returncode == code and "Traceback" not in run.stderr and bool(run.stderr) == bool(err), run.stderr
+    assert all(words in run.stdout for words in out) and all(words in run.stderr for words in err)

@@ -1,0 +1,376 @@
+"""data.py and make_data.py on small generated videos. GAZE_CLIPS=folder python -m pytest tests/test_data.py also reads
+every video below that folder."""
+
+import copy
+import json
+import os
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import data
+import make_data
+
+
+def write(path, frames, container_options=None):
+    """Like make_data.write_video, but nearly lossless, any size, any container."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "1", "preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv444p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def grey(values, h=32, w=48):
+    """A clip whose frame t has grey level values[t]."""
+    return np.broadcast_to(np.array(values, np.uint8)[:, None, None, None], (len(values), h, w, 3)).copy()
+
+
+def levels(frames):
+    return [round(v) for v in frames.float().mean((1, 2, 3)).tolist()]
+
+
+def write_audio(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.time_base, frame.pts = 16000, Fraction(1, 16000), 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoding
+
+@pytest.mark.parametrize("h, w", [(32, 48), (48, 32), (32, 32), (31, 45), (17, 90)])
+def test_round_trip(tmp_path, h, w):
+    y, x = np.mgrid[:h, :w]
+    frames = np.stack([np.stack([y * 255 / h, x * 255 / w, 0 * x + 40 * t], -1) for t in range(5)]).astype(np.uint8)
+    got = data.read_frames(write(tmp_path / "a.mp4", frames), 5)
+    assert got.dtype == torch.uint8 and got.shape == (5, 3, h, w)
+    assert (got.permute(0, 2, 3, 1).numpy().astype(int) - frames).__abs__().mean() < 2
+
+
+@pytest.mark.parametrize("n_frames, start, stride, wanted", [
+    (4, 0, 1, [0, 10, 20, 30]), (3, 2, 3, [20, 50, 80]), (1, 7, 1, [70]), (4, 18, 1, [180, 190, 190, 190]),
+    (3, 50, 2, [190, 190, 190])])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_the_right_frames(tmp_path, n_frames, start, stride, wanted, suffix):
+    path = write(tmp_path / f"a{suffix}", grey(range(0, 200, 10)))
+    assert data.count_frames(path) == 20
+    got = levels(data.read_frames(path, n_frames, start, stride))
+    assert len(got) == len(wanted) and max(abs(a - b) for a, b in zip(got, wanted, strict=True)) <= 2, got
+
+
+def test_one_frame(tmp_path):
+    path = write(tmp_path / "a.mp4", grey([77]))
+    assert data.count_frames(path) == 1 and data.read_frames(path, 3).shape == (3, 3, 32, 48)
+
+
+def test_unreadable_files(tmp_path):
+    good = write(tmp_path / "good.mp4", grey(range(20))).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(good[:len(good) * 2 // 3])  # the index is at the end of the file
+    (tmp_path / "garbage.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (tmp_path / "text.mp4").write_text("<html>404 not found</html>")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "codec.mp4").write_bytes(good.replace(b"avc1", b"zzzz"))
+    (tmp_path / "folder.mp4").mkdir()
+    write_audio(tmp_path / "audio.mp4")
+    for name in ("cut", "garbage", "text", "empty", "codec", "folder", "audio", "missing"):
+        for read in (data.count_frames, lambda path: data.read_frames(path, 4)):
+            with pytest.raises(data.VideoError, match=f"{name}.mp4"):
+                read(tmp_path / f"{name}.mp4")
+
+
+def test_truncated_but_not_lost(tmp_path):
+    rng = np.random.default_rng(0)  # noise, so that frames are large and the cut falls between them
+    frames = rng.integers(0, 255, (20, 32, 48, 3), dtype=np.uint8)
+    good = write(tmp_path / "a.mp4", frames, {"movflags": "faststart"}).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(good[:len(good) // 2])
+    got = data.read_frames(tmp_path / "cut.mp4", 20)
+    assert got.shape == (20, 3, 32, 48) and (got[-1] == got[-2]).all() and (got[0] != got[-1]).any()
+
+
+def test_size_changes_in_the_middle(tmp_path):
+    for name, h in (("a", 32), ("b", 64)):
+        write(tmp_path / f"{name}.h264", grey([100] * 4, h=h))
+    joined = tmp_path / "joined.mp4"  # a raw stream under a wrong name: found out by content
+    joined.write_bytes((tmp_path / "a.h264").read_bytes() + (tmp_path / "b.h264").read_bytes())
+    assert data.read_frames(joined, 8).shape == (8, 3, 32, 48)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pixels
+
+def triangle(n_in, n_out):
+    """(n_out, n_in) weights of an antialiased bilinear resize, from its definition."""
+    scale = n_in / n_out
+    support = max(scale, 1.0)
+    centre = (np.arange(n_out) + 0.5) * scale
+    weights = np.maximum(0, 1 - abs(np.arange(n_in) + 0.5 - centre[:, None]) / support)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("h, w, size", [(90, 160, 64), (50, 31, 64), (64, 64, 64), (41, 40, 16), (300, 20, 32)])
+def test_resize_crop(h, w, size):
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, h, w), dtype=np.uint8)
+    new_h, new_w = size * h // min(h, w), size * w // min(h, w)
+    rows = np.rint(frames @ triangle(w, new_w).T)  # 8-bit after each of the two passes
+    want = np.rint(triangle(h, new_h) @ rows)[..., (new_h - size) // 2:, (new_w - size) // 2:][..., :size, :size]
+    got = data.resize_crop(torch.from_numpy(frames), size)
+    assert got.shape == (2, 3, size, size) and got.dtype == torch.uint8 and got.is_contiguous()
+    difference = abs(got.numpy() - want)
+    assert difference.max() <= 2 and (difference <= 1).mean() > 0.99
+
+
+def test_resize_by_hand():
+    row = torch.tensor([0, 100, 200, 40], dtype=torch.uint8).expand(1, 3, 4, 4)
+    # 4 -> 2: triangle of half width 2 around 1 and 3: weights (3, 3, 1)/7 and (1, 3, 3)/7
+    assert data.resize_crop(row, 2)[0, 0].tolist() == [[71, 117]] * 2
+
+
+def test_random_crop():
+    frames = torch.arange(90, dtype=torch.uint8).view(1, 1, 1, 90).expand(2, 3, 60, 90)
+    crops = [data.resize_crop(frames, 16, "random", torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert (crops[0] == crops[1]).all() and (crops[0] != crops[2]).any() and (crops[0][0] == crops[0][1]).all()
+    for h, w in ((60, 90), (4, 300), (1, 1)):
+        for _ in range(50):
+            top, left, bh, bw = data.random_box(h, w)
+            assert 0 <= top <= h - bh and 0 <= left <= w - bw and bh > 0 and bw > 0
+
+
+def test_normalize():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    y = data.normalize(x)
+    assert y.dtype == torch.float32 and torch.equal(y, data.normalize(x.float()))
+    assert y[0, 0, 0, 0].item() == pytest.approx((-1 - 0.485) / 0.229)
+    assert y[0, 2, 15, 15].item() == pytest.approx((1 - 0.406) / 0.225)
+    assert torch.allclose(data.denormalize(y), x / 255, atol=1e-6) and data.denormalize(y * 9).max() == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# clips
+
+@pytest.fixture
+def root(tmp_path):
+    for name, value in (("a", 10), ("b", 60), ("c", 110)):
+        write(tmp_path / "set" / "train" / f"{name}.mp4", grey([value] * 4))
+    return tmp_path / "set"
+
+
+def test_list_videos(root, tmp_path):
+    write(tmp_path / "other" / "train" / "0.MP4", grey([1]))
+    (root / "train" / "notes.txt").touch()
+    (root / "train" / "._a.mp4").touch()
+    names = [p.name for p in data.list_videos(f"{root},{tmp_path / 'other'}", "train")]
+    assert names == ["a.mp4", "b.mp4", "c.mp4", "0.MP4"]
+    assert data.video_key(root / "train" / "a.mp4") == "set/train/a.mp4"
+    (root / "val").mkdir()
+    for folder, split in ((tmp_path / "nowhere", "train"), (root, "test"), (root, "val"), (f"{root},", "train")):
+        with pytest.raises(FileNotFoundError, match="expected videos"):
+            data.list_videos(folder, split)
+
+
+def test_clips(root):
+    clips = data.Clips(root, "train", n_frames=6, size=16)
+    item = clips[1]
+    assert len(clips) == 3 and item["video"].shape == (6, 3, 16, 16) and item["unreadable"] == []
+    assert item["key"] == "set/train/b.mp4" and Path(item["path"]) == root / "train" / "b.mp4"
+    batch = data.collate([clips[0], clips[2]])
+    assert batch["video"].shape == (2, 6, 3, 16, 16) and batch["unreadable"] == []
+    assert batch["key"] == ["set/train/a.mp4", "set/train/c.mp4"]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_corrupt_among_good(root, cache):
+    bad = root / "train" / "b.mp4"
+    bad.write_bytes(b"not a video")
+    with pytest.warns(UserWarning, match="b.mp4") as record:
+        clips = data.Clips(root, "train", 4, 16, cache=cache)
+        items = [clips[i] for i in range(len(clips))] + [clips[i] for i in range(len(clips))]
+    assert len(record) == 1
+    if cache:
+        assert [item["key"][-5] for item in items] == list("acac")
+    else:
+        assert [item["key"][-5] for item in items] == list("accacc")
+        assert data.collate(items)["unreadable"] == [str(bad)] * 2
+    assert all(abs(item["video"].float().mean() - {"a": 10, "c": 110}[item["key"][-5]]) < 2 for item in items)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_all_corrupt(root, cache):
+    for path in (root / "train").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(data.VideoError, match="all 3 .*unreadable"):
+        data.Clips(root, "train", 4, 16, cache=cache)[0]
+
+
+def test_random_start(tmp_path):
+    write(tmp_path / "train" / "a.mp4", grey(range(0, 200, 10)))
+    clips = data.Clips(tmp_path, "train", 3, 32, stride=2, random_start=True)
+    torch.manual_seed(0)
+    starts = {round(levels(clips[0]["video"])[0] / 10) for _ in range(60)}
+    assert len(starts) > 8 and min(starts) >= 0 and max(starts) <= 15
+    with pytest.raises(ValueError, match="cache"):
+        data.Clips(tmp_path, "train", 3, 32, crop="random", cache=True)
+    with pytest.raises(ValueError, match="labels"):
+        data.Clips(tmp_path, "train", 3, 32, random_start=True, labels={})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# labels
+
+def test_labelled_clips(root, tmp_path, capsys):
+    label = {"gazing_pos": [[1, 0], []], "task_losses": [[0.5, 0.4], []]}
+    (tmp_path / "labels.json").write_text(json.dumps({"set/train/c.mp4": label, "set/train/gone.mp4": label}))
+    labels = data.load_labels(tmp_path / "labels.json")
+    clips = data.Clips(root, "train", 2, 16, labels=labels)
+    assert "1 videos" in capsys.readouterr().out
+    assert len(clips) == 1 and data.collate([clips[0]])["gazing_pos"] == [label["gazing_pos"]]
+    with pytest.raises(ValueError, match="set/train/a.mp4.*other/train/x.mp4"):
+        data.Clips(root, "train", 2, 16, labels={"other/train/x.mp4": label})
+
+
+@pytest.mark.parametrize("text", ['{"a": {"gazing_pos": [[1', "[]", '{"a": {"gazing_pos": []}}', ""])
+def test_broken_label_file(tmp_path, text):
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(ValueError, match="labels.json"):
+        data.load_labels(tmp_path / "labels.json")
+
+
+GOOD = ([[3, 1], [], [9]], [[0.5, 0.4], [], [0.1]])  # 3 frames of 4 ids
+
+
+@pytest.mark.parametrize("pos, losses, message", [
+    (GOOD[0][:2], GOOD[1][:2], "2 frames"),
+    (GOOD[0], GOOD[1][:2], "2 of losses"),
+    ([[3, 1], [], [3]], GOOD[1], "frame 2: id 3"),
+    ([[4, 1], [], [9]], GOOD[1], "frame 0: id 4"),
+    ([[-1, 1], [], [9]], GOOD[1], "frame 0: id -1"),
+    ([[3, 1.0], [], [9]], GOOD[1], "frame 0: id 1.0"),
+    ([[3, 3], [], [9]], GOOD[1], "frame 0 takes a patch twice"),
+    ([[3], [], [9]], GOOD[1], "frame 0 has 1 gazes but 2 losses"),
+    (GOOD[0], [[0.5, 0.4], [], [float("nan")]], "frame 2 has a loss"),
+    (GOOD[0], [[0.5, 0.4], [], [None]], "frame 2 has a loss")])
+def test_check_label(pos, losses, message):
+    data.check_label("key", {"gazing_pos": GOOD[0], "task_losses": GOOD[1]}, 3, 4, "l.json")
+    with pytest.raises(ValueError, match=message) as error:
+        data.check_label("set/train/a.mp4", {"gazing_pos": pos, "task_losses": losses}, 3, 4, "l.json")
+    assert "l.json" in str(error.value) and "set/train/a.mp4" in str(error.value)
+
+
+def test_collate_gaze():
+    pos = [[[3, 1], [], [9]], [[0], [], [8, 11, 10]]]
+    losses = [[[0.5, 0.25], [], [0.75]], [[1.0], [], [3.0, 2.0, 1.0]]]
+    before = copy.deepcopy((pos, losses))
+    for _ in range(2):  # a second pass sees the same lists
+        gaze = data.collate_gaze(pos, losses, n_ids=4)
+        assert gaze["gazing_pos"].tolist() == [[3, 1, 9, 12, 12], [0, 4, 8, 11, 10]]
+        assert gaze["if_padded_gazing"].int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 0, 0, 0]]
+        assert gaze["num_gazing_each_frame"].tolist() == [2, 0, 3]
+        assert gaze["task_losses"].tolist() == [[0.5, 0.25, 0.75, 0.75, 0.75], [1, 1, 3, 2, 1]]
+    assert (pos, losses) == before
+    assert {k: v.dtype for k, v in gaze.items()} == {
+        "gazing_pos": torch.int64, "if_padded_gazing": torch.bool, "num_gazing_each_frame": torch.int64,
+        "task_losses": torch.float32}
+    assert "task_losses" not in data.collate_gaze(pos, None, 4)
+    assert data.collate_gaze([[[]], [[2]]], [[[]], [[0.5]]], 4)["task_losses"].tolist() == [[0.0], [0.5]]
+    assert data.collate_gaze([[[], []]], None, 4)["gazing_pos"].shape == (1, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# make_data.py
+
+def test_toy(tmp_path):
+    def make(name, **keys):
+        cfg = make_data.ToyConfig(**{"n_train": 4, "n_val": 2, "n_workers": 1, **keys, "out": str(tmp_path / name)})
+        make_data.toy(cfg)
+        return {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.mp4")}
+
+    a, b, c = make("a"), make("b", n_train=5), make("c", seed=1)
+    assert len(a) == 6 and all(b[name] == a[name] != c[name] for name in a) and len(set(a.values())) == 6
+    assert data.Clips(tmp_path / "a", "val", 8, 64)[0]["video"].float().std() > 10
+    os.remove(tmp_path / "a" / "train" / "000002.mp4")
+    assert make("a") == a
+    with pytest.raises(ValueError, match="other settings"):
+        make("a", seed=1)
+    for height, width, n_frames in ((16, 16, 1), (2, 64, 2), (200, 90, 3)):
+        cfg = make_data.ToyConfig(height=height, width=width, n_frames=n_frames)
+        for i in range(12):
+            clip = make_data.render_clip(np.random.default_rng(i), cfg)
+            assert clip.shape == (n_frames, height, width, 3) and clip.dtype == np.uint8
+
+
+def test_bounce():
+    assert make_data.bounce(3, 2, 6, 5).tolist() == [3, 5, 3, 1, 1, 3]
+    assert make_data.bounce(1, -2, 3, 5).tolist() == [1, 1, 3] and make_data.bounce(0, 3, 2, 0).tolist() == [0, 0]
+
+
+def test_cut(tmp_path, capsys):
+    for name, n in (("x/a", 40), ("y/a", 40), ("x/short", 3)):
+        write(tmp_path / "src" / f"{name}.mp4", grey([5 * i for i in range(n)]))
+    (tmp_path / "src" / "bad.mp4").write_bytes(b"")
+    cfg = make_data.CutConfig(src=str(tmp_path / "src"), out=str(tmp_path / "out"), n_frames=4, stride=2, size=16,
+                              hop=5, max_windows=4, val_videos=1, seed=2, n_workers=1)
+    with pytest.warns(UserWarning, match="1 of 4 source files") as record:
+        make_data.COMMANDS["cut"][1](cfg)
+    assert len(record) == 1
+    made = sorted(p.name for p in (tmp_path / "out").rglob("*.mp4"))
+    assert made == [f"a{n}_{s:06d}.mp4" for n in ("-1", "") for s in (0, 10, 20, 30)] + ["short_000000.mp4"]
+    window = next((tmp_path / "out").rglob("a_000010.mp4"))
+    assert data.read_frames(window, 4).shape == (4, 3, 16, 24)
+    assert max(abs(a - b) for a, b in zip(levels(data.read_frames(window, 4)), [50, 60, 70, 80], strict=True)) < 4
+    sources = {split: {p.name.split("_")[0] for p in (tmp_path / "out" / split).glob("*.mp4")}
+               for split in ("train", "val")}
+    assert len(sources["val"]) == 1 and not sources["train"] & sources["val"]
+    for path in (tmp_path / "src").rglob("*.mp4"):
+        path.write_bytes(b"")
+    with pytest.raises(data.VideoError, match="4 of 4"):
+        make_data.COMMANDS["cut"][1](make_data.CutConfig(src=cfg.src, out=str(tmp_path / "none"), n_workers=1))
+
+
+def test_scan(tmp_path):
+    for name, h, w in (("large", 90, 120), ("small", 20, 70), ("exact", 32, 32)):
+        image = np.zeros((h, w, 3), np.uint8)
+        image[..., 0], image[..., 1] = np.arange(h)[:, None] * 2, np.arange(w) * 2
+        (tmp_path / "src").mkdir(exist_ok=True)
+        with av.open(str(tmp_path / "src" / f"{name}.png"), "w", format="image2") as container:
+            stream = container.add_stream("png", rate=1)
+            stream.height, stream.width, stream.pix_fmt = h, w, "rgb24"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    cfg = make_data.ScanConfig(src=str(tmp_path / "src"), out=str(tmp_path / "out"), n_frames=4, window=32, step=10,
+                               n_per_image=2, n_workers=1)
+    make_data.COMMANDS["scan"][1](cfg)
+    made = list((tmp_path / "out").rglob("*.mp4"))
+    assert len(made) == 6 and all(data.read_frames(p, 4).shape == (4, 3, 32, 32) for p in made)
+    corners = data.read_frames(next(p for p in made if p.name == "large_000.mp4"), 4)[:, :2].float().mean((2, 3)) / 2
+    assert (corners - corners[0]).abs().sum() > 5  # the window moves
+
+
+@pytest.mark.parametrize("cls, key, value", [(make_data.ToyConfig, "height", 95), (make_data.CutConfig, "stride", 0),
+                                             (make_data.ScanConfig, "val_fraction", 0.0)])
+def test_settings_are_checked(cls, key, value):
+    with pytest.raises(ValueError, match=key):
+        cls(**{key: value}).check()
+
+
+@pytest.mark.skipif("GAZE_CLIPS" not in os.environ, reason="GAZE_CLIPS names no folder of videos")
+def test_real_clips():
+    paths = [p for p in Path(os.environ["GAZE_CLIPS"]).rglob("*") if p.suffix.lower() in data.VIDEO_SUFFIXES]
+    assert paths
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in paths:
+            assert data.count_frames(path) > 0
+            video = data.resize_crop(data.read_frames(path, 16), 224)
+            assert video.shape == (16, 3, 224, 224) and video.float().std() > 5, path

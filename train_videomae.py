@@ -1,0 +1,202 @@
+"""Train the reconstructor: a masked autoencoder on videos that sees random multi-scale gazes and paints whole frames.
+
+    python train_videomae.py config/toy_videomae.py                                  # 2 CPU cores, about two minutes
+    python train_videomae.py config/videomae.py --root=data/mine                     # one GPU, published ViT-L
+    torchrun --nproc_per_node=8 train_videomae.py config/videomae.py --root=a,b,c
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_videomae.py config/videomae.py
+
+Ratio and split over frames are drawn as for the labels (label.py), one draw per step, the same on all ranks. The loss is
+the mean absolute error of a few randomly chosen frames. Writes out_dir/{config.json, model.safetensors}.
+"""
+import contextlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import configurator
+import viz
+from data import Clips, collate, normalize
+from videomae import VideoMAE, VideoMAEConfig
+
+
+@dataclass
+class Config:
+    # data
+    root: str = "data/toy"             # folders with train/ and val/, separated by commas
+    out_dir: str = "out/videomae"      # weights, metrics.jsonl, pictures
+    n_frames: int = 16                 # clip length
+    stride: int = 1                    # source frames per clip frame
+    random_start: bool = False         # clips start anywhere in the video, not at its first frame
+    crop: Literal["center", "random"] = "center"  # random: one random resized crop for all frames of a clip
+    cache: bool = False                # keep all decoded clips in memory: for sets that fit
+    n_workers: int = 4                 # decoding processes; 0: decode in the training process
+    # model: the published ViT-L
+    scales: str = "32+64+112+224"      # the last is the input size
+    patch_size: int = 16               # pixels
+    max_num_frames: int = 256          # learned time embeddings
+    hidden_size: int = 1024            # encoder width
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    init_from: str = "scratch"         # scratch | resume | a folder or file to start from
+    # gazes: the same draws as label.py
+    ratio_min: float = 0.02            # share of all patches that is shown; exponential between min and max
+    ratio_max: float = 0.2
+    ratio_rate: float = 10.0           # of the exponential
+    alpha: str = "10,3"                # Dirichlet split over frames, the last value repeated: the first frame gets most
+    recon_frames: int = 4              # frames reconstructed per clip and step
+    # optimisation
+    steps: int = 50000                 # optimizer steps
+    batch_size: int = 128              # clips per step over all processes
+    micro_batch: int = 16              # most clips at once in one process; 0: all of its share
+    lr: float = 3e-4                   # AdamW peak
+    lr_end: float = 0.0
+    warmup: float = 0.05               # share of the steps
+    weight_decay: float = 0.05         # as MAE
+    beta2: float = 0.95                # as MAE
+    clip_grad: float = 1.0             # largest gradient norm
+    # run
+    seed: int = 666
+    device: str = "auto"               # auto | cpu | cuda
+    dtype: Literal["float32", "bfloat16"] = "float32"  # autocast
+    log_every: int = 50                # steps
+    val_every: int = 2000              # steps; also saves
+    val_clips: int = 256               # clips of the validation set that are used
+
+    def check(self):
+        if not 0 < self.ratio_min <= self.ratio_max <= 1:
+            raise ValueError("need 0 < ratio_min <= ratio_max <= 1")
+        if not 1 <= self.recon_frames <= self.n_frames <= self.max_num_frames:
+            raise ValueError("need 1 <= recon_frames <= n_frames <= max_num_frames")
+        common.parse_alpha(self.alpha, self.n_frames)
+
+
+def draw_budgets(cfg, V, generator):
+    ratio = common.draw_ratio("exponential", 0, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
+    return common.to_budgets(common.split_ratio("dirichlet", ratio, cfg.n_frames, cfg.alpha, generator), V)
+
+
+@torch.no_grad()
+def evaluate(mae, clips, loader, cfg, device):
+    """Mean loss over validation clips with fixed random gazes, all frames; and one picture's tensors."""
+    V, total, count, picture = sum(mae.config.ids_per_scale), 0.0, 0, None
+    for i, batch in enumerate(loader):
+        generator = torch.Generator().manual_seed(i)  # the same gazes at every evaluation
+        video = normalize(batch["video"].to(device))
+        gazing = common.random_gazing(draw_budgets(cfg, V, generator), len(video), V, generator)
+        gazing = {k: v.to(device) for k, v in gazing.items()}
+        recon, loss = mae(video, gazing, range(cfg.n_frames))
+        total, count = total + loss.mean(1).sum().item(), count + len(video)
+        if picture is None:
+            picture = video[0], {k: v[:1] if v.dim() == 2 else v for k, v in gazing.items()}, recon[0]
+    total, count = common.all_sum(total, count)
+    return total / count, picture
+
+
+def main():
+    cfg = configurator.parse(Config, sys.argv[1:])
+    rank, world, device = common.init_processes(cfg.device)
+    common.seed_everything(cfg.seed, rank)
+    out = Path(cfg.out_dir)
+
+    # ---- model
+    keys = VideoMAEConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys()
+    model_cfg = VideoMAEConfig(**{k: getattr(cfg, k) for k in keys}, image_size=int(cfg.scales.split("+")[-1]))
+    torch.manual_seed(cfg.seed)  # the same weights on all ranks
+    start, resumed = 0, None
+    if cfg.init_from == "resume":
+        resumed = common.load_state(out / "last.pt")
+        start = resumed["step"]
+        mae = VideoMAE(model_cfg)
+        mae.load_state_dict(resumed["model"])
+    elif cfg.init_from == "scratch":
+        mae = VideoMAE(model_cfg)
+    else:
+        mae = VideoMAE.from_pretrained(cfg.init_from, model_cfg)
+    mae.to(device)
+    V = sum(model_cfg.ids_per_scale)
+
+    # ---- data
+    args = dict(n_frames=cfg.n_frames, size=model_cfg.image_size, stride=cfg.stride, cache=cfg.cache)
+    train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, **args)
+    val = Clips(cfg.root, "val", **args)
+    sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, cfg.steps)
+    loader = iter(common.make_loader(train, sampler, cfg.n_workers, collate, cfg.seed + start))
+    n_val = min(len(val), cfg.val_clips)
+    val_loader = common.make_loader(val, common.shard(n_val, rank, world, sampler.micro), 0, collate)
+
+    # ---- optimizer
+    decay = [p for p in mae.parameters() if p.requires_grad and p.dim() > 1]
+    rest = [p for p in mae.parameters() if p.requires_grad and p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+                                  lr=cfg.lr, betas=(0.9, cfg.beta2))
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        common.set_rng_state(resumed["rng"], device)
+    ddp = DistributedDataParallel(mae) if world > 1 else mae
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    log = common.Log(cfg, rank, world, device, [
+        f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "
+        f"{common.count_parameters(mae.vit) / 1e6:.2f} M encoder + {common.count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
+        f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes",
+        f"{len(train)} training clips, {n_val} for validation, each {tuple(train[0]['video'].shape)} uint8"
+        + (f"; resumed at step {start}" if start else "")])
+
+    # ---- loop
+    unreadable, t0 = set(), time.time()
+    for step in range(start, cfg.steps + 1):
+        if step % cfg.val_every == 0 or step == cfg.steps:
+            mae.eval()
+            val_loss, picture = evaluate(mae, val, val_loader, cfg, device)
+            log.write(step, cfg.steps, step - start, val_loss=val_loss)
+            if rank == 0:
+                viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2], title=f"step {step}: loss {val_loss:.3f}")
+                mae.save_pretrained(out)
+                common.save_state(out / "last.pt", {"step": step, "model": mae.state_dict(), "optimizer": optimizer.state_dict(),
+                                                    "rng": common.rng_state(device)})
+            mae.train()
+        if step == cfg.steps:
+            break
+        lr = common.learning_rate("linear_w_warmup", step, cfg.steps, cfg.lr, cfg.lr_end, cfg.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        generator = common.shared_generator(cfg.seed, step)
+        budgets = draw_budgets(cfg, V, generator)
+        frames = torch.randperm(cfg.n_frames, generator=generator)[:cfg.recon_frames].sort().values.tolist()
+        step_loss, keys = 0.0, []
+        for i in range(sampler.n_micro):
+            batch = next(loader)
+            keys += batch["key"]
+            unreadable.update(batch["unreadable"])
+            video = normalize(batch["video"].to(device, non_blocking=True))
+            gazing = {k: v.to(device) for k, v in common.random_gazing(budgets, len(video), V).items()}
+            last = i == sampler.n_micro - 1
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # gradients travel once per step
+                with autocast:
+                    loss = ddp(video, gazing, frames)[1].mean() * (len(video) / sampler.local)
+                loss.backward()
+            step_loss += loss.item()
+        common.check_finite(step_loss, step, keys)
+        grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), cfg.clip_grad).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % cfg.log_every == 0:
+            loss, n_bad = common.all_sum(step_loss / world, len(unreadable))
+            log.write(step + 1, cfg.steps, step + 1 - start, loss=loss, lr=lr, grad_norm=grad_norm, gazes_per_clip=sum(budgets),
+                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
+            t0 = time.time()
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()
