@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data import normalize
+
 # ----------------------------------------------------------------------------------------------------------------------
 # processes
 
@@ -166,6 +168,49 @@ def to_budgets(ratios, n_ids):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# validation
+
+
+@torch.no_grad()
+def validate(gaze, mae, loader, ratios, requirement, device):
+    """Greedy gazes of validation clips and what the reconstructor makes of them, over all ranks.
+
+    ratios (T,) share of the patches that each frame may take. Returns ({val_loss: mean over clips and frames, val_ratio,
+    val_predicted: the model's own estimate of the loss}, tensors for one picture); without a reconstructor no losses.
+    """
+    sums, picture = [0.0] * 4, None
+    for batch in loader:
+        video = normalize(batch["video"].to(device))
+        gazing = gaze.generate(video, gazing_ratio=ratios, task_loss_requirement=requirement)
+        real = ~gazing["if_padded_gazing"]
+        recon = None
+        if mae is not None:
+            recon, loss = mae(video, gazing, range(video.shape[1]))
+            predicted = gaze(video, gazing)[1].gather(1, last_slots(gazing))
+            sums[0] += loss.mean(1).sum().item()
+            sums[1] += predicted.mean(1).sum().item()
+        sums[2] += real.sum().item() / (video.shape[1] * gaze.config.num_ids)
+        sums[3] += len(video)
+        if picture is None:
+            picture = video[0], {k: v[:1] if v.dim() == 2 else v for k, v in gazing.items() if k != "gazing_mask"}, recon
+    loss, predicted, ratio, count = all_sum(*sums)
+    metrics = {"val_ratio": ratio / count}
+    if mae is not None:
+        metrics = {"val_loss": loss / count, "val_predicted": predicted / count} | metrics
+    return metrics, picture
+
+
+def last_slots(gazing):
+    """(B, T) index of each frame's last real slot (its first slot where a frame has none)."""
+    out, at = [], 0
+    for n_t in gazing["num_gazing_each_frame"].tolist():
+        n_real = (~gazing["if_padded_gazing"][:, at:at + n_t]).sum(1)  # padding lies behind the real slots
+        out.append(at + (n_real - 1).clamp(min=0))
+        at += n_t
+    return torch.stack(out, dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # schedules and optimizers
 
 
@@ -228,7 +273,7 @@ class Log:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         about = {"command": sys.argv, "commit": git_commit(), "python": platform.python_version(), "torch": torch.__version__,
                  "device": str(device), "world": world, "threads": torch.get_num_threads()}
-        (self.out_dir / "config.json").write_text(json.dumps({"config": asdict(cfg), **about}, indent=2) + "\n")
+        (self.out_dir / "run.json").write_text(json.dumps({"config": asdict(cfg), **about}, indent=2) + "\n")
         print("  ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
         print(f"commit {about['commit']}, python {about['python']}, torch {about['torch']}, {device}, "
               f"{world} process(es) of {about['threads']} threads")

@@ -98,7 +98,9 @@ def greedy(mae, video, budgets, max_candidates=512):
     """
     V, P = sum(mae.config.ids_per_scale), mae.config.ids_per_scale[-1]
     e, d = mae.vit.embeddings, mae.decoder
-    tokens, grid = e(video[None])[0], d.grid_positions()  # (T, V, D), (V, D')
+    T = len(video)
+    tokens = e(e.patches(video[None])[0], torch.arange(T * V, device=video.device)).view(T, V, -1)
+    grid = d.grid_positions()  # (V, D')
     encoder = Past(mae.vit.encoder.layer, e.cls())
     decoder = Past(d.decoder_layers, d.cls(mae.vit.layernorm(encoder.out)))
     gazing_pos, task_losses = [], []

@@ -107,26 +107,25 @@ def texture(rng, h, w):
         return F.interpolate(torch.from_numpy(grid), size=(h, w), mode="bicubic").numpy()[0].transpose(1, 2, 0)
 
     detail = noise(3, 1) > rng.uniform(-0.5, 1.0)  # (h, w, 1)
-    image = rng.uniform(40, 215, 3) + rng.uniform(20, 45) * noise(3) + 10 * noise(6)
-    image += detail * (22 * noise(16) + 22 * noise(40, 1))
+    image = rng.uniform(50, 205, 3) + rng.uniform(20, 45) * noise(3) + 12 * noise(6)
+    image += detail * (35 * noise(10) + 12 * noise(24, 1))
     for _ in range(rng.integers(2, 8)):
         ph, pw = rng.integers(max(2, h // 12), h // 2 + 2), rng.integers(max(2, w // 12), w // 2 + 2)
         y, x = rng.integers(-ph // 2, h - ph // 2), rng.integers(-pw // 2, w - pw // 2)
         patch = image[max(y, 0):y + ph, max(x, 0):x + pw]  # a view: filled in place
         yy, xx = np.mgrid[:patch.shape[0], :patch.shape[1]]
-        period = max(2, round(rng.uniform(0.02, 0.1) * h))
+        period = max(2, round(rng.uniform(0.06, 0.16) * h))
         kind = rng.choice(["plain", "stripes", "checker", "gravel"])
         if kind == "stripes":
             angle = rng.uniform(0, math.pi)
             pattern = (yy * math.sin(angle) + xx * math.cos(angle)) // period % 2
         elif kind == "checker":
             pattern = (yy // period + xx // period) % 2
-        elif kind == "gravel":  # random grey between the two colours, in cells of half a period
-            cell = max(2, period // 2)
-            pattern = rng.random((ph // cell + 1, pw // cell + 1))[yy // cell, xx // cell]
+        elif kind == "gravel":  # cells of random shades between the two colours
+            pattern = rng.random((ph // period + 1, pw // period + 1))[yy // period, xx // period]
         else:
             pattern = np.zeros(patch.shape[:2])
-        dark, light = rng.uniform(0, 255, (2, 3))
+        dark, light = rng.uniform(20, 235, (2, 3))
         patch[:] = dark + pattern[..., None] * (light - dark)
     return image.clip(0, 255).astype(np.uint8)
 

@@ -48,6 +48,7 @@ class Config:
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
     decoder_intermediate_size: int = 2048
+    initializer_range: float = 0.02    # of fresh weights; narrow models want more, about 1 / sqrt(width)
     init_from: str = "scratch"         # scratch | resume | a folder or file to start from
     # gazes: the same draws as label.py
     ratio_min: float = 0.02            # share of all patches that is shown; exponential between min and max

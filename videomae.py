@@ -144,17 +144,21 @@ class Embeddings(nn.Module):
             out.append(rearrange(p, "1 d h w -> (h w) d") + self.scale_embed[s])
         return torch.cat(out)
 
-    def forward(self, video, first_frame=0):
-        """video (B, T, 3, R, R) -> the embedding of every patch id of every frame (B, T, V, D)."""
-        B, T = video.shape[:2]
-        tokens = []
+    def patches(self, video):
+        """video (B, T, 3, R, R) -> the pixels of every patch id of every frame (B, T·V, 3·p·p)."""
+        B, p, out = len(video), self.c.patch_size, []
         for side in self.c.scale_list:
             x = video.flatten(0, 1)
             if side != x.shape[-1]:
                 x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False)
-            tokens.append(self.patch_embeddings.projection(x).flatten(2).transpose(1, 2))
-        x = torch.cat(tokens, dim=1).unflatten(0, (B, T))
-        return x + self.grid_positions() + self.time_embed[first_frame:first_frame + T, None]
+            out.append(rearrange(x, "bt c (h p) (w q) -> bt (h w) (c p q)", p=p, q=p))
+        return rearrange(torch.cat(out, dim=1), "(b t) v d -> b (t v) d", b=B)
+
+    def forward(self, patches, pos):
+        """patches (…, 3·p·p) and their ids + V·t (…) -> tokens (…, D): only what is gazed gets embedded."""
+        V, conv = sum(self.c.ids_per_scale), self.patch_embeddings.projection
+        x = F.linear(patches, conv.weight.flatten(1), conv.bias)
+        return x + self.grid_positions()[pos % V] + self.time_embed[pos // V]
 
     def cls(self):  # (1, 1, D)
         return self.cls_token + self.position_embeddings[:, :1]
@@ -297,8 +301,8 @@ class VideoMAE(nn.Module):
 
         # encoder: CLS and the gazed tokens, block-causal over frames
         e = self.vit.embeddings
-        tokens = e(video[:, :last]).flatten(1, 2).repeat(rows // B, 1, 1)  # (rows, last·V, D)
-        x = torch.cat([e.cls().expand(rows, -1, -1), tokens.gather(1, pos.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))], 1)
+        clip = torch.arange(rows, device=pos.device).unsqueeze(1) % B
+        x = torch.cat([e.cls().expand(rows, -1, -1), e(e.patches(video[:, :last])[clip, pos], pos)], dim=1)
         ends = [1]
         for n_t in n:
             ends.append(ends[-1] + n_t)

@@ -1,0 +1,269 @@
+"""Stage 2: GRPO. The gaze model samples groups of gaze sequences and is pushed towards those that reconstruct better.
+
+    python train_grpo.py config/toy_grpo.py                                          # 2 CPU cores, about two minutes
+    python train_grpo.py config/grpo.py --init_from=out/ntp --root=data/mine         # one GPU
+    torchrun --nproc_per_node=8 train_grpo.py config/grpo.py --init_from=out/ntp --root=a,b,c
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_grpo.py config/grpo.py
+
+Per step: G rollouts of each clip; reward of a reconstructed frame = minus its loss; advantage = reward minus the group's
+mean. Strictly on-policy, so there is no ratio clipping, no reference model and no KL term, and the advantage is divided
+neither by the group's spread nor by length (paper, section 3.4). Writes out_dir/{config.json, model.safetensors}.
+"""
+import contextlib
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import configurator
+import model
+import viz
+from data import Clips, collate, normalize
+from model import Gaze, GazeConfig
+from videomae import VideoMAE
+
+
+@dataclass
+class Config:
+    # data
+    root: str = "data/toy"             # folders with train/ and val/, separated by commas
+    videomae: str = "out/videomae"     # the reconstructor that gives the reward: folder or state-dict file
+    loss_type: str = "l1"              # reconstruction loss, see videomae.py
+    loss_weights: str = "1"
+    out_dir: str = "out/grpo"          # weights, metrics.jsonl, pictures
+    n_frames: int = 16                 # clip length
+    stride: int = 1                    # source frames per clip frame
+    cache: bool = False                # keep all decoded clips in memory: for sets that fit
+    n_workers: int = 4                 # decoding processes; 0: decode in the training process
+    # model
+    init_from: str = "out/ntp"         # folder or hub id of a gaze model | resume | scratch (then the sizes below count)
+    scales: str = "32+64+112+224"
+    patch_size: int = 16
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 6
+    intermediate_size: int = 384
+    num_multi_token_pred: int = 10
+    # rollouts
+    group_size: int = 12               # rollouts per clip (published)
+    gazing_ratio: Literal["fixed", "uniform", "exponential"] = "fixed"  # average share of the patches of a clip
+    ratio: float = 0.75                # fixed (published: a cap, with split = self)
+    ratio_min: float = 0.02            # uniform and exponential
+    ratio_max: float = 0.2
+    ratio_rate: float = 10.0           # exponential
+    split: Literal["uniform", "mean", "dirichlet", "self"] = "self"  # over frames; self: as many as the model itself takes to
+    #                                    meet the requirement in one rollout, clip by clip (published)
+    alpha: str = "10,3"                # mean and dirichlet; the last value is repeated
+    requirement: Literal["fixed", "uniform"] = "uniform"  # loss to reach, for split = self (published: uniform 0.5-1)
+    task_loss_requirement: float = 0.7 # fixed
+    requirement_min: float = 0.5       # uniform
+    requirement_max: float = 1.0
+    temperature: float = 1.0           # of sampling at the first step
+    temperature_end: float = 1.0       # at the last; exponential in between (paper: 0.01)
+    # GRPO
+    policy: Literal["sampling", "reference"] = "sampling"  # whose log-probability is trained: the distribution sampled from,
+    #                                    or the plain softmax at temperature 1 without the mask of repeats (published)
+    recon_sample_rate: float = 0.125   # share of the frames that give a reward, drawn at random each step (published: 2 of 16)
+    gamma: float = 0.995               # discount per gaze between a patch and the end of the rewarded frame (published)
+    task_loss_weight: float = 1.0      # of the loss-prediction error
+    # optimisation
+    epochs: float = 1.0                # passes over the training clips (published script; the paper says 3)
+    batch_size: int = 64               # clips per step over all processes (published script; the paper says 256)
+    micro_batch: int = 2               # most clips at once in one process, group_size copies of each; 0: all of its share
+    optimizer: Literal["adam", "sgd"] = "sgd"  # published: plain SGD without momentum
+    lr: float = 5e-4                   # published
+    lr_end: float = 0.0
+    lr_schedule: Literal["linear", "linear_w_warmup", "constant"] = "linear_w_warmup"
+    warmup: float = 0.1                # share of the steps
+    # validation
+    val_ratio: float = 0.1             # gazing ratio
+    val_split: Literal["uniform", "mean"] = "mean"
+    val_requirement: float | None = None  # stop a frame early at this predicted loss (published: 0.7, with val_ratio 0.75)
+    val_clips: int = 256               # clips of the validation set that are used
+    val_every: int = 1000              # steps (published)
+    # run
+    save_every: int = 500              # steps (published)
+    log_every: int = 10                # steps
+    seed: int = 666                    # published
+    device: str = "auto"               # auto | cpu | cuda
+    dtype: Literal["float32", "bfloat16"] = "float32"  # autocast
+
+    def check(self):
+        if self.group_size < 2:
+            raise ValueError("group_size must be at least 2: a rollout is compared with its group, alone it teaches nothing")
+        if int(self.recon_sample_rate * self.n_frames) < 1 or self.recon_sample_rate > 1:
+            raise ValueError(f"recon_sample_rate={self.recon_sample_rate} of {self.n_frames} frames leaves none for the reward: "
+                             f"use 1/{self.n_frames} to 1")
+        for name in ("ratio", "val_ratio", "ratio_min", "ratio_max"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1]")
+        if not (self.ratio_min <= self.ratio_max and self.requirement_min <= self.requirement_max):
+            raise ValueError("a minimum is above its maximum (ratio_*, requirement_*)")
+        if min(self.temperature, self.temperature_end) <= 0:
+            raise ValueError("temperature must be above 0: a group of equal rollouts teaches nothing")
+        if self.epochs <= 0 or self.batch_size < 1:
+            raise ValueError("epochs and batch_size must be above 0")
+        common.parse_alpha(self.alpha, self.n_frames)
+
+
+def discounted_advantages(advantage, frames, gazing, gamma):
+    """Advantage of every slot (rows, N) from that of every rewarded frame (rows, F).
+
+    A frame's advantage goes to all real slots up to the end of that frame, times gamma ** (number of real slots in
+    between), and to nothing later; several rewarded frames add up.
+    """
+    real = ~gazing["if_padded_gazing"]
+    count = real.cumsum(1)  # real slots up to and including this one
+    ends = gazing["num_gazing_each_frame"].cumsum(0).tolist()
+    out = torch.zeros(real.shape, device=advantage.device)
+    for a, f in zip(advantage.unbind(1), frames, strict=True):
+        later = count[:, ends[f] - 1:ends[f]] - count[:, :ends[f]]
+        out[:, :ends[f]] += a.unsqueeze(1) * gamma ** later * real[:, :ends[f]]
+    return out
+
+
+def grpo_loss(log_prob, advantage):
+    """Per-clip sums over slots, then the mean over clips. exp(log π - detach) is 1: only its gradient matters."""
+    return -(torch.exp(log_prob - log_prob.detach()) * advantage).sum(1).mean()
+
+
+def roll_out(gaze, video, cfg, step, temperature):
+    """G sampled gazes of every clip, copy-major. Draws of ratio and requirement are the same on all ranks."""
+    B, T, V = len(video), cfg.n_frames, gaze.config.num_ids
+    shared = common.shared_generator(cfg.seed, step)
+    ratio = common.draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, shared)
+    if cfg.split == "self":
+        need = common.draw_ratio(cfg.requirement, cfg.task_loss_requirement, cfg.requirement_min, cfg.requirement_max, 0, shared)
+        own = gaze.generate(video, gazing_ratio=ratio, task_loss_requirement=need, temperature=temperature)
+        ratios = torch.stack([(~p).sum(1) for _, p in model.split_frames(own)], dim=1) / V  # (B, T)
+        ratios = ratios.repeat(cfg.group_size, 1)
+    else:
+        ratios = common.split_ratio(cfg.split, ratio, T, cfg.alpha, shared)
+    return gaze.generate(video, gazing_ratio=ratios, temperature=temperature, num_copies=cfg.group_size)
+
+
+def main():
+    cfg = configurator.parse(Config, sys.argv[1:])
+    rank, world, device = common.init_processes(cfg.device)
+    common.seed_everything(cfg.seed, rank)
+    out = Path(cfg.out_dir)
+
+    # ---- models
+    start, resumed = 0, None
+    if cfg.init_from == "resume":
+        resumed = common.load_state(out / "last.pt")
+        start = resumed["step"]
+        gaze = Gaze.from_pretrained(out)
+        gaze.load_state_dict(resumed["model"])
+    elif cfg.init_from == "scratch":
+        torch.manual_seed(cfg.seed)  # the same weights on all ranks
+        keys = GazeConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys() - {"gazing_ratio", "task_loss_requirement"}
+        gaze = Gaze(GazeConfig(**{k: getattr(cfg, k) for k in keys}, max_num_frames=cfg.n_frames))
+        common.seed_everything(cfg.seed, rank)
+    else:
+        gaze = Gaze.from_pretrained(cfg.init_from)
+    gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
+    gaze.to(device)
+    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights).to(device).freeze()
+    if mae.config.scales != gaze.config.scales or mae.config.patch_size != gaze.config.patch_size:
+        raise ValueError(f"{cfg.videomae} reconstructs from scales {mae.config.scales}, patch {mae.config.patch_size}; "
+                         f"the gaze model has {gaze.config.scales}, patch {gaze.config.patch_size}")
+
+    # ---- data
+    args = dict(n_frames=cfg.n_frames, size=gaze.config.image_size, stride=cfg.stride, cache=cfg.cache)
+    train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
+    total = math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
+    loader = iter(common.make_loader(train, sampler, cfg.n_workers, collate, cfg.seed + start))
+    n_val = min(len(val), cfg.val_clips)
+    val_loader = common.make_loader(val, common.shard(n_val, rank, world, 16), 0, collate)
+    val_ratios = common.split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha, None)
+
+    # ---- optimizer
+    optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        common.set_rng_state(resumed["rng"], device)
+    ddp = DistributedDataParallel(gaze) if world > 1 else gaze
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    n_recon = int(cfg.recon_sample_rate * cfg.n_frames)
+    log = common.Log(cfg, rank, world, device, [
+        f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters; "
+        f"reconstructor {common.count_parameters(mae) / 1e6:.2f} M, frozen",
+        f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes, "
+        f"{cfg.group_size} rollouts each, {n_recon} rewarded frames; {cfg.epochs:g} epochs of {len(train)} clips = {total} steps",
+        f"{len(train)} training clips, {n_val} for validation, each {tuple(train[0]['video'].shape)} uint8"
+        + (f"; resumed at step {start}" if start else "")])
+
+    # ---- loop
+    unreadable, t0 = set(), time.time()
+    for step in range(start, total + 1):
+        if step % cfg.val_every == 0 or step == total:
+            metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
+            log.write(step, total, step - start, **metrics)
+            if rank == 0:
+                viz.sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2][0],
+                          title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+        if (step % cfg.save_every == 0 or step == total) and rank == 0:
+            gaze.save_pretrained(out)
+            common.save_state(out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict(),
+                                                "rng": common.rng_state(device)})
+        if step == total:
+            break
+        lr = common.learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        temperature = common.exponential(step, total, cfg.temperature, cfg.temperature_end)
+        frames = torch.randperm(cfg.n_frames, generator=common.shared_generator(cfg.seed, step))[:n_recon].sort().values.tolist()
+        stats, per_scale, seconds, keys = torch.zeros(8), torch.zeros(len(gaze.config.ids_per_scale)), [0.0] * 3, []
+        for i in range(sampler.n_micro):
+            batch = next(loader)
+            keys += batch["key"]
+            unreadable.update(batch["unreadable"])
+            video = normalize(batch["video"].to(device, non_blocking=True))
+            B, share = len(video), len(video) / sampler.local
+            t1 = time.time()
+            with autocast:
+                gazing = roll_out(gaze, video, cfg, step, temperature)
+            t2 = time.time()
+            with torch.no_grad(), autocast:
+                loss = mae(video, gazing, frames)[1].float()  # (G·B, F)
+            t3 = time.time()
+            reward = -loss.view(cfg.group_size, B, n_recon)
+            advantage = discounted_advantages((reward - reward.mean(0)).flatten(0, 1), frames, gazing, cfg.gamma)
+            last = i == sampler.n_micro - 1
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # gradients travel once per step
+                with autocast:
+                    log_prob, task_loss = ddp(video, gazing, cfg.policy, temperature)
+                predicted = task_loss.gather(1, common.last_slots(gazing)[:, frames])
+                error = ((predicted - loss) ** 2).mean()  # every rewarded frame has a last real slot
+                ((grpo_loss(log_prob, advantage) + cfg.task_loss_weight * error) * share).backward()
+            t4 = time.time()
+            seconds = [a + b for a, b in zip(seconds, (t2 - t1, t3 - t2, t4 - t3), strict=True)]
+            real, spread = ~gazing["if_padded_gazing"], reward.std(0)
+            stats += share * torch.tensor([
+                reward.mean(), spread.mean(), (spread < 1e-6).float().mean(), -log_prob.sum().item() / real.sum(),
+                real.sum() / (len(real) * cfg.n_frames), predicted.mean(), loss.mean(), error])
+            per_scale += share * torch.stack([m.sum().cpu() for m in gazing["gazing_mask"]]) / real.sum().cpu()
+        common.check_finite(stats.sum().item(), step, keys)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % cfg.log_every == 0:
+            *means, n_bad = common.all_sum(*(x / world for x in [*stats.tolist(), *per_scale.tolist()]), len(unreadable))
+            names = ("reward", "reward_spread", "no_spread", "entropy", "gazes_per_frame", "predicted", "measured", "task_error")
+            log.write(step + 1, total, step + 1 - start, **dict(zip(names, means, strict=False)),
+                      per_scale=[round(x, 3) for x in means[len(names):]], temperature=temperature, lr=lr,
+                      rollout_s=seconds[0], reward_s=seconds[1], update_s=seconds[2],
+                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
+            t0 = time.time()
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()

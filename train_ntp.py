@@ -1,0 +1,207 @@
+"""Stage 1: next-token prediction. The gaze model learns to continue the greedy gaze sequences that label.py found.
+
+    python train_ntp.py config/toy_ntp.py                                            # 2 CPU cores, about a minute
+    python train_ntp.py config/ntp.py --root=data/mine --labels=labels.json          # one GPU
+    torchrun --nproc_per_node=8 train_ntp.py config/ntp.py --root=a,b,c --labels=gazing_labels.json
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ntp.py config/ntp.py
+
+The loss is the cross-entropy of the labelled patches plus the squared error of the predicted reconstruction loss after
+each of them (paper, section 3.4). Writes out_dir/{config.json, model.safetensors} for Gaze.from_pretrained.
+"""
+import contextlib
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import configurator
+import model
+import viz
+from data import Clips, check_label, collate, collate_gaze, load_labels, normalize
+from model import Gaze, GazeConfig
+from videomae import VideoMAE
+
+
+@dataclass
+class Config:
+    # data
+    root: str = "data/toy"             # folders with train/ and val/, separated by commas
+    labels: str = "gazing_labels.json" # written by label.py, or the published files
+    videomae: str | None = None        # reconstructor for the validation loss: folder or file; none: no such loss
+    out_dir: str = "out/ntp"           # weights, metrics.jsonl, pictures
+    n_frames: int = 16                 # clip length
+    stride: int = 1                    # source frames per clip frame
+    cache: bool = False                # keep all decoded clips in memory: for sets that fit
+    n_workers: int = 4                 # decoding processes; 0: decode in the training process
+    # model: the published 3.3 M parameters
+    scales: str = "32+64+112+224"      # the last is the input size
+    patch_size: int = 16               # pixels
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 6
+    intermediate_size: int = 384
+    num_multi_token_pred: int = 10     # patches named per decoder step
+    init_from: str = "scratch"         # scratch | resume | folder or hub id of a gaze model
+    # optimisation
+    epochs: float = 150.0              # passes over the training clips (published)
+    batch_size: int = 1024             # clips per step over all processes (published script; the paper says 256)
+    micro_batch: int = 32              # most clips at once in one process (published); 0: all of its share
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 5e-4                   # published
+    lr_end: float = 1e-5               # published
+    lr_schedule: Literal["linear", "linear_w_warmup", "constant"] = "linear"
+    warmup: float = 0.1                # share of the steps, for linear_w_warmup
+    task_loss_weight: float = 1.0      # of the loss-prediction error
+    # validation
+    val_ratio: float = 0.1             # gazing ratio (published)
+    val_split: Literal["uniform", "mean"] = "mean"  # over frames: all equal, or in proportion to alpha
+    alpha: str = "10,3"                # relative budget of the frames, the last value repeated
+    val_clips: int = 256               # clips of the validation set that are used
+    val_every: int = 3000              # steps (published)
+    # run
+    save_every: int = 500              # steps (published)
+    log_every: int = 10                # steps
+    seed: int = 666                    # published
+    device: str = "auto"               # auto | cpu | cuda
+    dtype: Literal["float32", "bfloat16"] = "float32"  # autocast
+
+    def check(self):
+        if not 0 < self.val_ratio <= 1:
+            raise ValueError("val_ratio must lie in (0, 1]")
+        if self.epochs <= 0 or self.batch_size < 1:
+            raise ValueError("epochs and batch_size must be above 0")
+        common.parse_alpha(self.alpha, self.n_frames)
+
+
+def ntp_loss(log_prob, task_loss, gazing, n_real):
+    """Sums over the batch of (cross-entropy, squared error of the predicted loss), both divided by n_real slots.
+
+    The published loss: per clip the sum over its real slots, divided by the mean number of real slots per clip, then
+    the mean over clips. With n_real counted over the whole step that is one division, and exact in any micro-batch.
+    """
+    real = ~gazing["if_padded_gazing"]
+    nll = -(log_prob * real).sum() / n_real
+    error = ((task_loss - gazing["task_losses"]) ** 2 * real).sum() / n_real
+    return nll, error
+
+
+def to_device(batch, V, device):
+    gazing = collate_gaze(batch["gazing_pos"], batch["task_losses"], V)
+    return normalize(batch["video"].to(device, non_blocking=True)), {k: v.to(device) for k, v in gazing.items()}
+
+
+@torch.no_grad()
+def label_loss(gaze, loader, device):
+    """Validation NTP loss per slot, loss-prediction error, and how often the first gaze of a clip is the labelled one."""
+    sums = [0.0] * 5
+    for batch in loader:
+        video, gazing = to_device(batch, gaze.config.num_ids, device)
+        nll, error = ntp_loss(*gaze(video, gazing), gazing, 1.0)
+        first = gaze.generate(video[:, :1], gazing_ratio=1e-9)["gazing_pos"][:, 0]  # one gaze
+        sums = [a + b for a, b in zip(sums, [nll.item(), error.item(), (~gazing["if_padded_gazing"]).sum().item(),
+                                             (first == gazing["gazing_pos"][:, 0]).sum().item(), len(video)], strict=True)]
+    nll, error, n_real, hits, count = common.all_sum(*sums)
+    return {"val_ntp": nll / n_real, "val_task_error": error / n_real, "val_first_accuracy": hits / count}
+
+
+def main():
+    cfg = configurator.parse(Config, sys.argv[1:])
+    rank, world, device = common.init_processes(cfg.device)
+    common.seed_everything(cfg.seed, rank)
+    out = Path(cfg.out_dir)
+
+    # ---- model
+    torch.manual_seed(cfg.seed)  # the same weights on all ranks
+    keys = GazeConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys()
+    gaze_cfg = GazeConfig(**{k: getattr(cfg, k) for k in keys}, max_num_frames=cfg.n_frames, gazing_ratio=cfg.val_ratio)
+    start, resumed = 0, None
+    if cfg.init_from == "resume":
+        resumed = common.load_state(out / "last.pt")
+        start = resumed["step"]
+    if cfg.init_from in ("scratch", "resume"):
+        gaze = Gaze(gaze_cfg)
+    else:
+        gaze = Gaze.from_pretrained(cfg.init_from)
+    if resumed:
+        gaze.load_state_dict(resumed["model"])
+    gaze.to(device)
+    V = gaze.config.num_ids
+    mae = VideoMAE.from_pretrained(cfg.videomae).to(device).freeze() if cfg.videomae else None
+
+    # ---- data
+    labels = load_labels(cfg.labels)
+    for key, label in labels.items():
+        check_label(key, label, cfg.n_frames, V, cfg.labels)
+    args = dict(n_frames=cfg.n_frames, size=gaze.config.image_size, stride=cfg.stride, labels=labels, cache=cfg.cache)
+    train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
+    total = math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
+    loader = iter(common.make_loader(train, sampler, cfg.n_workers, collate, cfg.seed + start))
+    n_val = min(len(val), cfg.val_clips)
+    val_loader = common.make_loader(val, common.shard(n_val, rank, world, sampler.micro), 0, collate)
+    val_ratios = common.split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha, None)
+
+    # ---- optimizer
+    optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        common.set_rng_state(resumed["rng"], device)
+    ddp = DistributedDataParallel(gaze) if world > 1 else gaze
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    log = common.Log(cfg, rank, world, device, [
+        f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters, "
+        f"{common.count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
+        f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes; "
+        f"{cfg.epochs:g} epochs of {len(train)} clips = {total} steps",
+        f"{len(train)} training clips, {n_val} for validation, each {tuple(train[0]['video'].shape)} uint8"
+        + (f"; resumed at step {start}" if start else "")])
+
+    # ---- loop
+    unreadable, t0 = set(), time.time()
+    for step in range(start, total + 1):
+        if step % cfg.val_every == 0 or step == total:
+            metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, None, device)
+            log.write(step, total, step - start, **label_loss(gaze, val_loader, device), **metrics)
+            if rank == 0:
+                viz.sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2] if mae is None else picture[2][0],
+                          title=f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+        if (step % cfg.save_every == 0 or step == total) and rank == 0:
+            gaze.save_pretrained(out)
+            common.save_state(out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict(),
+                                                "rng": common.rng_state(device)})
+        if step == total:
+            break
+        lr = common.learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = [next(loader) for _ in range(sampler.n_micro)]
+        n_real = common.all_sum(sum(len(f) for b in batches for clip in b["gazing_pos"] for f in clip))[0]
+        sums = [0.0, 0.0]
+        for i, batch in enumerate(batches):
+            unreadable.update(batch["unreadable"])
+            video, gazing = to_device(batch, V, device)
+            last = i == sampler.n_micro - 1
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # gradients travel once per step
+                with autocast:
+                    nll, error = ntp_loss(*ddp(video, gazing), gazing, n_real)
+                ((nll + cfg.task_loss_weight * error) * world).backward()  # DDP takes the mean over ranks, we want the sum
+            sums = [sums[0] + nll.item(), sums[1] + error.item()]
+        common.check_finite(sum(sums), step, [k for b in batches for k in b["key"]])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % cfg.log_every == 0:
+            nll, error, n_bad = common.all_sum(*sums, len(unreadable))
+            log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr, epoch=(step + 1) * cfg.batch_size / len(train),
+                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
+            t0 = time.time()
+    common.finish()
+
+
+if __name__ == "__main__":
+    main()
