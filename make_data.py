@@ -108,14 +108,14 @@ def texture(rng, h, w):
 
     detail = noise(3, 1) > rng.uniform(-0.5, 1.0)  # (h, w, 1)
     image = rng.uniform(50, 205, 3) + rng.uniform(20, 45) * noise(3) + 12 * noise(6)
-    image += detail * (35 * noise(10) + 12 * noise(24, 1))
+    image += detail * (22 * noise(10) + 6 * noise(24, 1))
     for _ in range(rng.integers(2, 8)):
         ph, pw = rng.integers(max(2, h // 12), h // 2 + 2), rng.integers(max(2, w // 12), w // 2 + 2)
         y, x = rng.integers(-ph // 2, h - ph // 2), rng.integers(-pw // 2, w - pw // 2)
         patch = image[max(y, 0):y + ph, max(x, 0):x + pw]  # a view: filled in place
         yy, xx = np.mgrid[:patch.shape[0], :patch.shape[1]]
-        period = max(2, round(rng.uniform(0.06, 0.16) * h))
-        kind = rng.choice(["plain", "stripes", "checker", "gravel"])
+        period = max(3, round(rng.uniform(0.08, 0.2) * h))
+        kind = rng.choice(["plain", "stripes", "checker", "gravel"], p=[0.55, 0.15, 0.15, 0.15])
         if kind == "stripes":
             angle = rng.uniform(0, math.pi)
             pattern = (yy * math.sin(angle) + xx * math.cos(angle)) // period % 2

@@ -60,7 +60,7 @@ def sheet(path, video, gazing, config, reconstruction=None, title="", losses=Non
     boxes = gazed_boxes(gazing, config)
     T, R = len(video), config.scale_list[-1]
     names = ["video", "gazes", "gazed pixels"] + ([] if reconstruction is None else ["reconstruction"])
-    fig, axes = plt.subplots(len(names), T, figsize=(1.45 * T + 0.7, 1.5 * len(names) + 0.7), squeeze=False)
+    fig, axes = plt.subplots(len(names), T, figsize=(max(1.45 * T + 0.7, 4.5), 1.5 * len(names) + 0.7), squeeze=False)
     for t in range(T):
         image = to_image(video[t])
         rows = [image, 0.55 * image, gazed_pixels(video[t], boxes[t], config)]
@@ -74,7 +74,7 @@ def sheet(path, video, gazing, config, reconstruction=None, title="", losses=Non
             if t == 0:
                 ax.set_ylabel(names[r], fontsize=8)
         for s, y, x, n in boxes[t]:
-            inset = 0.01 * R * (1 + s)
+            inset = min(0.01 * R * (1 + s), 0.15 * n)
             axes[1, t].add_patch(plt.Rectangle((x + inset, y + inset), n - 2 * inset, n - 2 * inset, fill=False, lw=1.3,
                                                ec=COLORS[s % len(COLORS)]))
         axes[0, t].set_title(f"t={t}  {len(boxes[t])} gazes", fontsize=7)

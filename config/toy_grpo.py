@@ -1,0 +1,24 @@
+# GRPO on the toy set, from the NTP model. Two CPU cores, about two minutes.
+root = "data/toy"
+videomae = "out/toy/videomae"
+init_from = "out/toy/ntp"
+out_dir = "out/toy/grpo"
+n_frames = 8
+cache = True
+n_workers = 0
+group_size = 8
+ratio = 0.125               # 6 gazes in the first frame, 2 in each later one
+split = "mean"
+temperature = 1.0
+temperature_end = 0.5
+recon_sample_rate = 0.5     # 4 of 8 frames: the small reconstructor is cheap, and the reward less noisy
+optimizer = "adam"
+lr = 5e-4
+batch_size = 4
+micro_batch = 0
+epochs = 0.5
+val_ratio = 0.125
+val_clips = 128
+val_every = 10000
+save_every = 10000
+log_every = 50

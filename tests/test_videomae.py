@@ -1,0 +1,248 @@
+"""videomae.py: what the reconstruction of a frame may depend on, its loss, and its files."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import normal_video, tiny_mae
+from safetensors.torch import load_file, save_file
+
+import common
+import videomae
+from videomae import ReconstructionLoss, VideoMAE, VideoMAEConfig
+
+V, T = 20, 4
+close = torch.testing.assert_close
+
+
+def padded_gazing(n_clips, seed=0):
+    """Random gazes of 5, 3, 4 and 2 slots. Some slots are padded, all of frame 1 of clip 1."""
+    gazing = common.random_gazing([5, 3, 4, 2], n_clips, V, torch.Generator().manual_seed(seed))
+    padded = torch.zeros_like(gazing["gazing_pos"], dtype=torch.bool)
+    padded[0, 3:5] = padded[1, 5:8] = padded[-1, 11] = True
+    return gazing | {"if_padded_gazing": padded}
+
+
+def rows(gazing, index):
+    return {k: v if v.dim() == 1 else v[index] for k, v in gazing.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a reconstruction depends on
+
+@pytest.mark.parametrize("frame", range(T))
+def test_causality(mae, video, frame):
+    """Gazes and pixels of later frames do not matter; the frame's own gazes do."""
+    gazing, start = padded_gazing(3), [0, 5, 8, 12, 14]
+    picture = mae(video, gazing, [frame])[0]
+    other_video, other = video.clone(), padded_gazing(3, seed=1)
+    other_video[:, frame + 1:] = normal_video(3, T, seed=2)[:, frame + 1:]
+    for name in ("gazing_pos", "if_padded_gazing"):
+        other[name][:, :start[frame + 1]] = gazing[name][:, :start[frame + 1]]
+    other["if_padded_gazing"][:, start[frame + 1]:] ^= True
+    assert torch.equal(mae(other_video, other, [frame])[0], picture)
+    moved = copy.deepcopy(gazing)
+    moved["gazing_pos"][2, start[frame]] = V * frame + (moved["gazing_pos"][2, start[frame]] + 7) % V
+    again = mae(video, moved, [frame])[0]
+    assert torch.equal(again[:2], picture[:2]) and not torch.allclose(again[2], picture[2], atol=1e-4)
+
+
+def test_cut_off_frames(mae, video):
+    gazing = padded_gazing(3)
+    short = {k: v[:2] if v.dim() == 1 else v[:, :8] for k, v in gazing.items()}
+    close(mae(video[:, :2], short, [1])[0], mae(video, gazing, [1])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_ungazed_pixels_are_not_seen(mae, video):
+    """All gazes are of the finest scale: pixels outside these patches must not reach the picture, only the loss."""
+    gazing = common.random_gazing([3] * T, 3, 16, torch.Generator().manual_seed(0))
+    frame = torch.arange(T).repeat_interleave(3)
+    ids = gazing["gazing_pos"] - 16 * frame
+    gazing["gazing_pos"] = ids + 4 + V * frame
+    seen = torch.zeros(3, T, 16).flatten(1).scatter(1, ids + 16 * frame, 1.0).view(3, T, 1, 4, 4)
+    seen = seen.repeat_interleave(8, 3).repeat_interleave(8, 4)
+    other = video * seen + normal_video(3, T, seed=5) * (1 - seen)
+    (a, loss_a), (b, loss_b) = (mae(v, gazing, range(T)) for v in (video, other))
+    close(a, b, rtol=0, atol=1e-6)
+    assert (loss_a != loss_b).all()
+
+
+def test_padded_slots_do_not_matter(mae, video):
+    gazing = padded_gazing(3)
+    padded = gazing["if_padded_gazing"]
+    picture, loss = mae(video, gazing, range(T))
+    for value in (-1, 0, 7, V * T):
+        noisy = gazing | {"gazing_pos": gazing["gazing_pos"].masked_fill(padded, value)}
+        before = copy.deepcopy(noisy)
+        assert torch.equal(mae(video, noisy, range(T))[0], picture)
+        close(noisy, before, rtol=0, atol=0)
+    for b in range(3):  # as if the slots were not there
+        counts = [int(n) for n in (~padded[b]).int().split([5, 3, 4, 2]) for n in [n.sum()]]
+        alone = {"gazing_pos": gazing["gazing_pos"][b:b + 1, ~padded[b]], "num_gazing_each_frame": torch.tensor(counts),
+                 "if_padded_gazing": torch.zeros(1, sum(counts), dtype=torch.bool)}
+        one = mae(video[b:b + 1], alone, range(T))
+        close(one[0][0], picture[b], rtol=1e-4, atol=1e-5)
+        close(one[1][0], loss[b], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [[3, 1], [2, 0, 3, 1], [3], range(3)])
+def test_order_of_frames(mae, video, frames):
+    """The output follows `frames`, and asking in another order changes nothing else."""
+    gazing = padded_gazing(3)
+    picture, loss = mae(video, gazing, frames)
+    order = [sorted(frames).index(f) for f in frames]
+    same = mae(video, gazing, sorted(frames))
+    assert torch.equal(picture, same[0][:, order]) and torch.equal(loss, same[1][:, order])
+
+
+def test_copies_equal_a_repeated_video(mae, video):
+    """Copy-major rows, with gradients too; the video is (B, …) where the gazes are (G·B, …)."""
+    mae.requires_grad_(True)
+    gazing, results = padded_gazing(12), []
+    for v in (video, video.repeat(4, 1, 1, 1, 1)):
+        mae.zero_grad()
+        picture, loss = mae(v, gazing, [1, 3])
+        loss.square().sum().backward()
+        results.append([picture, loss, *(p.grad.clone() for p in mae.parameters())])
+    for a, b in zip(*results, strict=True):
+        close(a, b, rtol=1e-3, atol=1e-4)
+    alone = mae(video[1:2], rows(gazing, slice(7, 8)), [1, 3])  # row 7 is copy 2 of clip 1
+    close(alone[1][0], results[0][1][7], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("L, ends, calls", [
+    (30, [1, 5, 5, 9, 30], 1), (30, [30], 1), (1030, [1, 5, 5, 9, 1030], 4), (1030, [1030], 1),
+    (1024, [1, 600, 1024], 3)])
+@pytest.mark.parametrize("with_keep", [False, True])
+def test_block_causal_attention(monkeypatch, L, ends, calls, with_keep):
+    """The definition against one call with a mask, and one call per block (from 1024 tokens on)."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, L, 8)
+    keep = torch.rand(2, L) > 0.3 if with_keep else None
+    if with_keep:
+        keep[:, 0] = True
+    block = torch.tensor([sum(i >= e for e in ends) for i in range(L)])
+    mask = (block[:, None] >= block).expand(2, 1, L, L)
+    if with_keep:
+        mask = mask & keep[:, None, None]
+    want = ((q @ k.mT / 8 ** 0.5).masked_fill(~mask, float("-inf")).softmax(-1)) @ v
+    made, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: made.append(1) or attend(*a, **kw))
+    close(videomae.block_causal_attention(q, k, v, ends, keep), want, rtol=1e-4, atol=1e-5)
+    assert len(made) == calls
+
+
+def test_long_sequences_give_the_same_picture(mae, video, monkeypatch):
+    """Above 1024 tokens attention runs block by block."""
+    gazing, attend, shift = padded_gazing(3), videomae.block_causal_attention, 1100
+    want = mae(video, gazing, [1, 3])
+
+    def padded(q, k, v, ends, keep):  # tokens that nobody may see behind the real ones
+        q, k, v = (F.pad(x, (0, 0, 0, shift)) for x in (q, k, v))
+        keep = torch.ones(len(q), ends[-1], dtype=torch.bool) if keep is None else keep
+        return attend(q, k, v, [*ends, ends[-1] + shift], F.pad(keep, (0, shift)))[:, :, :ends[-1]]
+    monkeypatch.setattr(videomae, "block_causal_attention", padded)
+    for a, b in zip(mae(video, gazing, [1, 3]), want, strict=True):
+        close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loss
+
+def test_l1_by_hand():
+    a, b = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    b[1, 0, 0, 0] = -47
+    assert ReconstructionLoss()(a, b).tolist() == pytest.approx([1, 1 + 46 / 48])
+    assert ReconstructionLoss("l1", "0.5")(a, b).tolist() == pytest.approx([0.5, 0.5 + 23 / 48])
+
+
+def test_loss_is_of_the_pictures(mae, video):
+    picture, loss = mae(video, padded_gazing(3), [2, 0])
+    close(loss, (picture - video[:, [2, 0]]).abs().mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("loss_type, weights", [("l2", "1"), ("l1+l2", "1+1"), ("l1", "1+1")])
+def test_bad_losses(loss_type, weights):
+    with pytest.raises(ValueError, match="loss_type"):
+        ReconstructionLoss(loss_type, weights)
+
+
+def test_overfits_one_batch():
+    mae, video = tiny_mae(), F.interpolate(normal_video(2, side=4).flatten(0, 1), 32).unflatten(0, (2, T))
+    gazing = common.random_gazing([8, 4, 4, 4], 2, V, torch.Generator().manual_seed(0))
+    optimizer, losses = torch.optim.Adam(mae.parameters(), lr=5e-3), []
+    for _ in range(60):
+        loss = mae(video, gazing, [0, 3])[1].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+def test_fixed_positions():
+    """Column half first, sin then cos, CLS zero; they do not learn, and a fresh model has them (the file's win)."""
+    table = videomae.sincos_positions(8, 3)
+    angle = torch.tensor([2.0, 2.0 / 100])  # column 2; row 1 for the second half
+    want = torch.cat([angle.sin(), angle.cos(), (angle / 2).sin(), (angle / 2).cos()])
+    assert table.shape == (10, 8) and (table[0] == 0).all()
+    close(table[1 + 3 * 1 + 2], want)
+    mae = tiny_mae()
+    for p, dim in ((mae.vit.embeddings.position_embeddings, 32), (mae.decoder.decoder_pos_embed, 24)):
+        assert not p.requires_grad and torch.equal(p[0], videomae.sincos_positions(dim, 4))
+
+
+def test_save_and_load(tmp_path, mae, video):
+    with torch.no_grad():
+        mae.decoder.decoder_pos_embed.normal_()
+    mae.save_pretrained(tmp_path / "a" / "b")
+    again = VideoMAE.from_pretrained(tmp_path / "a" / "b").freeze()
+    assert again.config == mae.config
+    assert all(torch.equal(a, b) for a, b in zip(mae.state_dict().values(), again.state_dict().values(), strict=True))
+    # not to the last bit: tensors that lie elsewhere in memory are multiplied in another order
+    for a, b in zip(mae(video, padded_gazing(3), [1, 3]), again(video, padded_gazing(3), [1, 3]), strict=True):
+        close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "mae.", "module.mae.", "module."])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_state_dict_files(tmp_path, mae, prefix, suffix):
+    """Prefixes go, perceptual networks that the loss does not use are ignored."""
+    state = {prefix + k: v.clone() for k, v in mae.state_dict().items()}
+    state[prefix + "dinov2_reg.encoder.weight"] = state[prefix + "siglip2.weight"] = torch.zeros(2)
+    state[prefix + "siglip2.weight"] = torch.ones(2)
+    path = tmp_path / f"videomae{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    again = VideoMAE.from_pretrained(path, mae.config).state_dict()
+    assert again.keys() == mae.state_dict().keys()
+    assert all(torch.equal(again[k], v) for k, v in mae.state_dict().items())
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda t: t.pop("decoder.mask_token"), "missing decoder.mask_token"),
+    (lambda t: t.update({"x.decoder.mask_token": t.pop("decoder.mask_token")}), "unexpected x.decoder.mask_token"),
+    (lambda t: t.update({"decoder.mask_token": torch.zeros(1, 1, 9)}), r"decoder.mask_token is \(1, 1, 9\)")])
+def test_weights_that_do_not_fit(tmp_path, mae, change, named):
+    mae.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=named):
+        VideoMAE.from_pretrained(tmp_path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.pt"):
+        VideoMAE.from_pretrained(tmp_path / "nothing.pt")
+
+
+def test_config(tmp_path):
+    """The default is the published ViT-L; keys of a Hugging Face file that are not ours are ignored."""
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "mask_ratio": 0.75, "architectures": ["x"]}')
+    assert VideoMAEConfig.from_file(tmp_path / "config.json") == VideoMAEConfig(hidden_size=64)
+    for bad in (dict(scales="32+64"), dict(scales="30+224")):
+        with pytest.raises(ValueError, match="scales"):
+            VideoMAEConfig(**bad)
