@@ -31,7 +31,7 @@ from data import VIDEO_SUFFIXES, VideoError, count_frames, decode
 
 # What happens in a toy clip. Most cameras stand still: then a new patch is worth a gaze only where something changed,
 # which is what the model has to find out.
-KINDS = {"static_camera": 0.55, "pan": 0.15, "still": 0.15, "cut": 0.15}
+KINDS = {"static_camera": 0.65, "pan": 0.1, "still": 0.15, "cut": 0.1}
 P_APPEAR = 0.2  # share of moving sprites that appear or vanish in the middle of the clip
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -138,7 +138,7 @@ def bounce(start, speed, n, room):
 
 def sprite(rng, cfg, n_frames, moving):
     """An object: picture (h, w, 3), mask (h, w) bool, corner positions ys, xs (n_frames,), visible (n_frames,) bool."""
-    h = max(2, round(cfg.height * rng.uniform(1 / 5, 1 / 2.5)))
+    h = max(2, round(cfg.height * rng.uniform(1 / 4, 1 / 2)))
     w = min(max(2, round(h * rng.uniform(0.6, 1.6))), cfg.width)
     y, x = np.mgrid[-1:1:h * 1j, -1:1:w * 1j]
     shape = rng.choice(["ellipse", "rectangle", "rotated"])
@@ -150,7 +150,7 @@ def sprite(rng, cfg, n_frames, moving):
         turn, tall, wide = rng.uniform(0.3, 1.3), rng.uniform(0.3, 0.6), rng.uniform(0.6, 0.8)
         u, v = y * math.sin(turn) + x * math.cos(turn), y * math.cos(turn) - x * math.sin(turn)
         mask = (abs(u) < wide) & (abs(v) < tall)
-    angle, speed = rng.uniform(0, 2 * math.pi), cfg.height * rng.uniform(0.015, 0.1) * moving
+    angle, speed = rng.uniform(0, 2 * math.pi), cfg.height * rng.uniform(0.04, 0.12) * moving
     room_y, room_x = cfg.height - h, cfg.width - w
     ys = bounce(rng.uniform(0, room_y), speed * math.sin(angle), n_frames, room_y)
     xs = bounce(rng.uniform(0, room_x), speed * math.cos(angle), n_frames, room_x)
@@ -173,7 +173,7 @@ def render_shot(rng, cfg, n_frames, kind):
         n_sprites = rng.integers(0, 2)
     else:
         frames = np.repeat(texture(rng, cfg.height, cfg.width)[None], n_frames, 0)
-        n_sprites = rng.integers(1, 4)
+        n_sprites = rng.integers(1, 3)
     for _ in range(n_sprites):  # later ones are in front
         picture, mask, ys, xs, visible = sprite(rng, cfg, n_frames, moving=kind != "still")
         h, w = mask.shape

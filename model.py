@@ -45,6 +45,7 @@ class GazeConfig:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_length: int = 8192
+    initializer_range: float = 0.02    # of fresh weights
     gazing_ratio: float = 0.75         # used by generate() when the caller gives neither ratio nor requirement
     task_loss_requirement: float | None = None
     reference_decoding: bool = False   # generate as the published code does (stale positions, per-slot stopping)
@@ -89,7 +90,8 @@ class GazeConfig:
                 hidden_size=decoder["hidden_size"], num_layers=decoder["num_hidden_layers"],
                 num_heads=decoder["num_attention_heads"], intermediate_size=decoder["intermediate_size"],
                 num_conv_blocks=vision["depth"], num_multi_token_pred=decoder["num_multi_token_pred"],
-                rms_norm_eps=decoder["rms_norm_eps"], rope_theta=decoder.get("rope_theta") or rope["rope_theta"],
+                rms_norm_eps=decoder["rms_norm_eps"], initializer_range=decoder.get("initializer_range", 0.02),
+                rope_theta=decoder.get("rope_theta") or rope["rope_theta"],
                 rope_factor=rope["factor"], rope_low_freq_factor=rope["low_freq_factor"],
                 rope_high_freq_factor=rope["high_freq_factor"],
                 rope_original_length=rope["original_max_position_embeddings"],
@@ -115,6 +117,7 @@ class GazeConfig:
             intermediate_size=self.intermediate_size, hidden_act="silu", attention_bias=False, mlp_bias=False,
             attention_dropout=0.0, vocab_size=self.num_ids + 1, eos_token_id=self.num_ids, bos_token_id=None,
             max_position_embeddings=131072, num_multi_token_pred=self.num_multi_token_pred, rms_norm_eps=self.rms_norm_eps,
+            initializer_range=self.initializer_range,
             rope_theta=self.rope_theta, tie_word_embeddings=False,
             rope_scaling=dict(rope_type="llama3", factor=self.rope_factor, low_freq_factor=self.rope_low_freq_factor,
                               high_freq_factor=self.rope_high_freq_factor,
@@ -284,7 +287,7 @@ class Gaze(nn.Module):
         self.task_loss_prediction_head = nn.Linear(c.hidden_size, c.num_multi_token_pred, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1 and not name.startswith("encoder."):  # the encoder's convolutions keep torch's own init
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=c.initializer_range)
 
     # ---- files
 

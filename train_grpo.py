@@ -50,6 +50,7 @@ class Config:
     num_heads: int = 6
     intermediate_size: int = 384
     num_multi_token_pred: int = 10
+    initializer_range: float = 0.02
     # rollouts
     group_size: int = 12               # rollouts per clip (published)
     gazing_ratio: Literal["fixed", "uniform", "exponential"] = "fixed"  # average share of the patches of a clip

@@ -37,6 +37,7 @@ class Config:
     out_dir: str = "out/ntp"           # weights, metrics.jsonl, pictures
     n_frames: int = 16                 # clip length
     stride: int = 1                    # source frames per clip frame
+    mirror: bool = False               # flip clips and their labels left-right and up-down at random: for small sets
     cache: bool = False                # keep all decoded clips in memory: for sets that fit
     n_workers: int = 4                 # decoding processes; 0: decode in the training process
     # model: the published 3.3 M parameters
@@ -47,6 +48,7 @@ class Config:
     num_heads: int = 6
     intermediate_size: int = 384
     num_multi_token_pred: int = 10     # patches named per decoder step
+    initializer_range: float = 0.02    # of fresh weights; narrow models want more, about 1 / sqrt(width)
     init_from: str = "scratch"         # scratch | resume | folder or hub id of a gaze model
     # optimisation
     epochs: float = 150.0              # passes over the training clips (published)
@@ -94,6 +96,22 @@ def ntp_loss(log_prob, task_loss, gazing, n_real):
 def to_device(batch, V, device):
     gazing = collate_gaze(batch["gazing_pos"], batch["task_losses"], V)
     return normalize(batch["video"].to(device, non_blocking=True)), {k: v.to(device) for k, v in gazing.items()}
+
+
+def mirror(video, gazing, config):
+    """Flip each clip of a batch left-right and up-down with probability 1/2 each, and its gazed ids with it."""
+    V, pos = config.num_ids, gazing["gazing_pos"]
+    for dim in (-1, -2):
+        flip = torch.rand(len(video), device=video.device) < 0.5
+        sides = [s // config.patch_size for s in config.scale_list]
+        # where each id goes, the padding id V to itself; grids are (row, column), so dim means the same as in the video
+        table = [torch.arange(n * n).view(n, n).flip(dim).flatten() + start
+                 for n, start in zip(sides, [0, *torch.tensor(config.ids_per_scale).cumsum(0).tolist()], strict=False)]
+        table = torch.cat([*table, torch.tensor([V])]).to(pos.device)
+        ids = torch.where(gazing["if_padded_gazing"], V, pos % V)
+        pos = torch.where(flip.unsqueeze(1), pos - ids + table[ids], pos)
+        video = torch.where(flip.view(-1, 1, 1, 1, 1), video.flip(dim), video)
+    return video, gazing | {"gazing_pos": pos}
 
 
 @torch.no_grad()
@@ -186,6 +204,8 @@ def main():
         for i, batch in enumerate(batches):
             unreadable.update(batch["unreadable"])
             video, gazing = to_device(batch, V, device)
+            if cfg.mirror:
+                video, gazing = mirror(video, gazing, gaze.config)
             last = i == sampler.n_micro - 1
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # gradients travel once per step
                 with autocast:

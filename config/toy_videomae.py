@@ -27,3 +27,4 @@ lr = 3e-3
 log_every = 250
 val_every = 2000
 val_clips = 128
+alpha = "18,3"          # nearly half of the budget goes to the first frame, the rest follows what changes

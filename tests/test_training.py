@@ -1,0 +1,460 @@
+"""Losses and schedules by hand, learning on one batch, and the scripts from videos to evaluation at tiny sizes."""
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import normal_video, tiny_gaze, tiny_mae
+
+import common
+import label
+import train_grpo
+import train_ntp
+import train_videomae
+from data import collate_gaze
+from model import Gaze, join_frames, split_frames
+from train_grpo import discounted_advantages, grpo_loss
+from train_ntp import ntp_loss
+from videomae import VideoMAE
+
+ROOT = Path(__file__).parent.parent
+V = 20
+
+
+def gazing_of(padded, counts):
+    """A gaze dict of which only the padding (B, N) matters."""
+    padded = torch.tensor(padded, dtype=torch.bool)
+    return {"gazing_pos": torch.zeros(padded.shape, dtype=torch.long), "if_padded_gazing": padded,
+            "num_gazing_each_frame": torch.tensor(counts)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# losses
+
+def test_ntp_loss_by_hand():
+    gazing = gazing_of([[0, 0, 1], [0, 1, 1]], [2, 1]) | {"task_losses": torch.tensor([[1.0, 2, 3], [4, 5, 6]])}
+    log_prob, task_loss = torch.tensor([[-1.0, -2, -9], [-3, -9, -9]]), torch.tensor([[0.0, 2, 9], [1, 9, 9]])
+    nll, error = ntp_loss(log_prob, task_loss, gazing, 3)
+    assert (nll.item(), error.item()) == pytest.approx((2.0, 10 / 3))  # (1 + 2 + 3) / 3, (1 + 0 + 9) / 3
+    halves = [ntp_loss(log_prob[i:i + 1], task_loss[i:i + 1],
+                       {k: v if v.dim() == 1 else v[i:i + 1] for k, v in gazing.items()}, 3) for i in range(2)]
+    assert sum(h[0] for h in halves).item() == pytest.approx(2.0), "micro-batches add up to the whole"
+
+
+def test_discounted_advantages_by_hand():
+    """Frames of 3, 2 and 1 slots; frame 0 is rewarded with 1 and -2, frame 2 with 10 and 0; gamma 0.5."""
+    gazing = gazing_of([[0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0]], [3, 2, 1])
+    got = discounted_advantages(torch.tensor([[1.0, 10], [-2, 0]]), [0, 2], gazing, 0.5)
+    late = [10 * 0.5 ** d for d in (5, 4, 3, 2, 1, 0)]
+    assert got[0].tolist() == pytest.approx([0.25 + late[0], 0.5 + late[1], 1 + late[2], *late[3:]])
+    assert got[1].tolist() == pytest.approx([-1, -2, 0, 0, 0, 0]), "padded slots neither count nor get any"
+    swapped = discounted_advantages(torch.tensor([[10.0, 1], [0, -2]]), [2, 0], gazing, 0.5)
+    assert torch.equal(swapped, got)
+
+
+def test_grpo_loss_by_hand():
+    log_prob = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
+    advantage = torch.tensor([[1.0, 2.0], [-5.0, 0.0]])
+    loss = grpo_loss(log_prob, advantage)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0)  # -((1 + 2) + (-5)) / 2
+    assert torch.equal(log_prob.grad, -advantage / 2)
+
+
+@pytest.mark.parametrize("policy", ["sampling", "reference"])
+def test_equal_rewards_teach_nothing(gaze, policy):
+    video = normal_video(2)
+    gazing = gaze.generate(video, 0.3, temperature=1.0, num_copies=3, generator=torch.Generator().manual_seed(0))
+    reward = torch.tensor([[0.3, -1.0], [2.0, 0.1]]).repeat(3, 1).view(3, 2, 2)
+    advantage = discounted_advantages((reward - reward.mean(0)).flatten(0, 1), [1, 3], gazing, 0.99)
+    grpo_loss(gaze(video, gazing, policy)[0], advantage).backward()
+    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in gaze.parameters())
+
+
+def test_one_batch_is_learned_by_heart():
+    """Labels of unequal length: afterwards greedy gazing repeats them and the loss prediction fits."""
+    torch.manual_seed(0)
+    gaze, video = Gaze(tiny_gaze().config), normal_video(2)
+    g = torch.Generator().manual_seed(0)
+    counts = [[7, 3, 1, 4], [4, 5, 6, 1]]
+    labels = [[(torch.randperm(V, generator=g)[:n] + V * t).tolist() for t, n in enumerate(c)] for c in counts]
+    losses = [[torch.rand(n, generator=g).tolist() for n in c] for c in counts]
+    gazing = collate_gaze(labels, losses, V)
+    n_real, first = sum(map(sum, counts)), None
+    optimizer = torch.optim.Adam(gaze.parameters(), lr=5e-3)
+    for _ in range(80):
+        nll, error = ntp_loss(*gaze(video, gazing), gazing, n_real)
+        first = first or nll.item()
+        optimizer.zero_grad()
+        (nll + error).backward()
+        optimizer.step()
+    assert first == pytest.approx(math.log(V + 1), rel=0.1) and nll < 0.1 and error < 0.05
+    out = gaze.generate(video, torch.tensor(counts) / V)
+    got = [[ids[b][~pad[b]].tolist() for ids, pad in split_frames(out)] for b in range(2)]
+    assert got == labels
+
+
+@pytest.mark.parametrize("policy", ["sampling", "reference"])
+def test_grpo_finds_the_rewarded_patch(policy):
+    """One frame of two gazes, reward 1 where patch 7 is among them: it is taken more and more often."""
+    torch.manual_seed(0)
+    gaze, video, g = Gaze(tiny_gaze().config), normal_video(1, 1), torch.Generator().manual_seed(0)
+    optimizer, shares = torch.optim.Adam(gaze.parameters(), lr=2e-3), []
+    for _ in range(30):
+        gazing = gaze.generate(video, 2 / V, temperature=1.0, num_copies=32, generator=g)
+        hit = (gazing["gazing_pos"] == 7).any(1, keepdim=True).float()
+        advantage = discounted_advantages(hit - hit.mean(), [0], gazing, 0.995)
+        optimizer.zero_grad()
+        grpo_loss(gaze(video, gazing, policy)[0], advantage).backward()
+        optimizer.step()
+        shares.append(hit.mean().item())
+    assert sum(shares[:3]) / 3 < 0.2 and sum(shares[-3:]) / 3 > 0.6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# order of the data, budgets, schedules
+
+def clips_per_step(n, batch_size, world, micro, start=0, total=9, seed=3):
+    """Sorted clips of every step, over all ranks."""
+    steps = [[] for _ in range(start, total)]
+    for rank in range(world):
+        sampler = common.StepSampler(n, batch_size, rank, world, micro, seed, start, total)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == (total - start) * sampler.n_micro
+        assert max(map(len, batches)) <= (micro or batch_size)
+        for i, batch in enumerate(batches):
+            steps[i // sampler.n_micro] += batch
+    return [sorted(s) for s in steps]
+
+
+@pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 6), (3, 6), (7, 12)])
+def test_clips_of_a_step(n, batch_size):
+    whole = clips_per_step(n, batch_size, 1, 0)
+    assert all(len(s) == batch_size for s in whole)
+    for world, micro in [(1, 1), (1, 4), (2, 0), (2, 1), (2, 2)]:
+        assert clips_per_step(n, batch_size, world, micro) == whole
+        assert clips_per_step(n, batch_size, world, micro, start=4) == whole[4:]
+    assert n < batch_size or clips_per_step(n, batch_size, 1, 0, seed=4) != whole
+    sampler = common.StepSampler(n, batch_size, 0, 1, 0, 3, 0, 9)
+    stream = [i for batch in sampler for i in batch]
+    epochs = [stream[i:i + n] for i in range(0, len(stream) - n + 1, n)]
+    assert all(sorted(e) == list(range(n)) for e in epochs), "an epoch has every clip once"
+    assert len(epochs) < 2 or epochs[0] != epochs[1]
+
+
+def test_uneven_ranks_are_refused():
+    with pytest.raises(ValueError, match="batch_size=5 .* 2 processes"):
+        common.StepSampler(8, 5, 0, 2, 0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("n, world", [(10, 1), (10, 3), (2, 4), (9, 2)])
+def test_shards_cover_everything_once(n, world):
+    shards = [common.shard(n, rank, world, 3) for rank in range(world)]
+    assert sorted(i for s in shards for batch in s for i in batch) == list(range(n))
+    assert all(1 <= len(batch) <= 3 for s in shards for batch in s)
+
+
+@pytest.mark.parametrize("kind, mean", [("fixed", 0.3), ("uniform", 0.11), ("exponential", None)])
+def test_draw_ratio(kind, mean):
+    low, high, rate, g = 0.02, 0.2, 10.0, torch.Generator().manual_seed(0)
+    draws = torch.tensor([common.draw_ratio(kind, 0.3, low, high, rate, g) for _ in range(2000)])
+    if kind == "fixed":
+        assert (draws == 0.3).all()
+        return
+    assert draws.min() >= low and draws.max() <= high and draws.min() < 0.03 and draws.max() > 0.18
+    if mean is None:  # of an exponential cut off to (low, high)
+        a, b = math.exp(-rate * low), math.exp(-rate * high)
+        mean = ((low + 1 / rate) * a - (high + 1 / rate) * b) / (a - b)
+    assert draws.mean().item() == pytest.approx(mean, rel=0.03)
+
+
+def test_split_ratio():
+    g = torch.Generator().manual_seed(0)
+    assert common.split_ratio("uniform", 0.3, 4, "10,3", g).tolist() == [0.3] * 4
+    shares = torch.tensor([10, 3, 3, 3]) / 19 * 4
+    assert common.split_ratio("mean", 0.1, 4, "10,3", None).tolist() == pytest.approx((shares * 0.1).tolist())
+    draws = torch.stack([common.split_ratio("dirichlet", 0.1, 4, "10,3", g) for _ in range(2000)])
+    assert draws.sum(1).tolist() == pytest.approx([0.4] * 2000) and draws.min() > 0
+    assert draws.mean(0).tolist() == pytest.approx((shares * 0.1).tolist(), rel=0.05)
+    # variance of a Dirichlet's share: a (A - a) / (A² (A + 1))
+    assert draws[:, 0].var().item() == pytest.approx(0.4 ** 2 * 10 * 9 / (19 ** 2 * 20), rel=0.15)
+    full = common.split_ratio("mean", 0.9, 4, "10,3", None)
+    assert full.tolist() == pytest.approx([1, *(shares * 0.9)[1:].tolist()]), "a frame has no more than all patches"
+    a, b = (common.split_ratio("dirichlet", 0.1, 4, "5", torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("alpha, n_frames", [("1,2,3", 2), ("0,1", 4), ("-1", 4)])
+def test_bad_alpha(alpha, n_frames):
+    with pytest.raises(ValueError, match="alpha"):
+        common.parse_alpha(alpha, n_frames)
+
+
+def test_budgets_follow_the_rule_of_generate(gaze):
+    ratios = [0.0, 0.049, 0.05, 3 / 20, 0.1499, 7 / 20, 0.999, 1.0]
+    stream = gaze.stream(gazing_ratio=ratios)
+    assert common.to_budgets(ratios, V) == [1, 1, 1, 3, 2, 7, 19, 20]
+    assert [int(stream.budget(t)) for t in range(len(ratios))] == [1, 1, 1, 3, 2, 7, 19, 20]
+    gazing = common.random_gazing([3, 20, 1], 5, V, torch.Generator().manual_seed(0))
+    for t, (ids, padded) in enumerate(split_frames(gazing)):
+        assert not padded.any() and (ids // V == t).all() and all(len(set(r)) == len(r) for r in ids.tolist())
+
+
+def test_last_slots():
+    frames = [(torch.zeros(2, n, dtype=torch.long), torch.tensor(pad, dtype=torch.bool))
+              for n, pad in [(3, [[0, 0, 0], [0, 1, 1]]), (1, [[0], [0]]), (2, [[0, 1], [0, 0]])]]
+    assert common.last_slots(join_frames(frames)).tolist() == [[2, 3, 4], [0, 3, 5]]
+
+
+def test_schedules():
+    def lr(kind, *steps):
+        return [common.learning_rate(kind, step, 100, 1.0, 0.1, 0.2) for step in steps]
+    assert lr("constant", 0, 50, 100) == [1.0] * 3
+    assert lr("linear", 0, 50, 100) == pytest.approx([1.0, 0.55, 0.1])
+    assert lr("linear_w_warmup", 0, 9, 19, 20, 60, 100) == pytest.approx([0.05, 0.5, 1.0, 1.0, 0.55, 0.1])
+    assert common.learning_rate("linear_w_warmup", 0, 3, 1.0, 0.0, 0.1) == 1.0, "no step to warm up in"
+    assert [common.exponential(s, 10, 3, 0.03) for s in (0, 5, 10)] == pytest.approx([3, 0.3, 0.03])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(loss):
+    with pytest.raises(FloatingPointError, match="step 7.*a/b/c.mp4"):
+        common.check_finite(loss, 7, ["a/b/c.mp4"])
+
+
+@pytest.mark.parametrize("script, key", [
+    (train_ntp, "val_ratio=0"), (train_ntp, "epochs=0"), (train_ntp, "alpha=1,0"), (train_grpo, "group_size=1"),
+    (train_grpo, "recon_sample_rate=0.01"), (train_grpo, "temperature=0"), (train_grpo, "ratio_min=0.5"),
+    (train_videomae, "recon_frames=17"), (label, "ratio_max=2")])
+def test_settings_that_make_no_sense(script, key, monkeypatch, capsys):
+    """One line that names the key and exit code 2, before anything is loaded."""
+    monkeypatch.setattr(sys, "argv", ["script", f"--{key}"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2 and key.split("=")[0].removesuffix("_min") in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the scripts
+
+SIZES = ["--scales=16+32", "--patch_size=8", "--hidden_size=32", "--intermediate_size=64"]
+RUN = ["--n_frames=4", "--device=cpu", "--n_workers=0", "--batch_size=4", "--micro_batch=2", "--val_clips=3",
+       "--log_every=1"]
+MAE = [*SIZES, *RUN, "--max_num_frames=8", "--num_hidden_layers=1", "--num_attention_heads=2",
+       "--decoder_hidden_size=32", "--decoder_num_hidden_layers=1", "--decoder_num_attention_heads=2",
+       "--decoder_intermediate_size=64", "--recon_frames=2", "--ratio_max=0.4", "--steps=4", "--val_every=2"]
+NTP = [*SIZES, *RUN, "--num_layers=2", "--num_heads=4", "--num_multi_token_pred=3", "--epochs=4", "--save_every=3",
+       "--val_every=3", "--lr=1e-3"]
+GRPO = [*RUN, "--group_size=3", "--recon_sample_rate=0.5", "--optimizer=adam", "--epochs=2.7", "--save_every=2",
+        "--val_every=2", "--ratio=0.3"]
+TIMES = ("time", "ms_per_step", "rollout_s", "reward_s", "update_s")
+
+
+def launch(script, *args, cwd, processes=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def metrics(folder):
+    """{(step, names): values}; a resumed run writes the validation of its first step again."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        numbers = [x for v in row.values() for x in (v if isinstance(v, list) else [v])]
+        assert all(math.isfinite(x) for x in numbers), row
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return {(row["step"], *row): row for row in rows}
+
+
+def assert_same_metrics(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        for name in a[key]:
+            assert a[key][name] == pytest.approx(b[key][name], rel=1e-3, abs=1e-4), key
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, toy):
+    """Folder of a reconstructor, labels and a gaze model, made by command line."""
+    folder = tmp_path_factory.mktemp("stages")
+    launch("train_videomae.py", *MAE, f"--root={toy}", "--out_dir=mae", cwd=folder)
+    launch("label.py", f"--root={toy}", "--videomae=mae", "--out=labels.json", "--n_frames=4", "--device=cpu",
+           cwd=folder)
+    launch("train_ntp.py", *NTP, f"--root={toy}", "--labels=labels.json", "--videomae=mae", "--out_dir=ntp",
+           "--n_workers=1", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grpo(stages, toy):
+    launch("train_grpo.py", *GRPO, f"--root={toy}", "--videomae=mae", "--init_from=ntp", "--out_dir=grpo", cwd=stages)
+    return stages / "grpo"
+
+
+def test_train_videomae(stages):
+    rows = metrics(stages / "mae")
+    assert sorted({step for step, *_ in rows}) == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in rows.values() if "val_loss" in r] == [0, 2, 4]
+    assert VideoMAE.from_pretrained(stages / "mae").config.ids_per_scale == [4, 16]
+    assert (stages / "mae" / "val.png").stat().st_size > 1000
+
+
+def test_train_ntp(stages, toy):
+    rows = metrics(stages / "ntp")
+    steps = [r for r in rows.values() if "ntp" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["ntp"] < steps[0]["ntp"] < 1.2 * math.log(V + 1)
+    validations = [r for r in rows.values() if "val_ntp" in r]
+    assert [r["step"] for r in validations] == [0, 3, 6]
+    assert all({"val_loss", "val_predicted", "val_first_accuracy"} <= r.keys() for r in validations)
+    gaze = Gaze.from_pretrained(stages / "ntp")
+    assert not gaze.config.reference_decoding and gaze.config.gazing_ratio == 0.1
+    assert gaze.generate(normal_video(1))["num_gazing_each_frame"].tolist() == [2] * 4
+    assert (stages / "ntp" / "val.png").stat().st_size > 1000
+    run = json.loads((stages / "ntp" / "run.json").read_text())
+    assert run["config"]["lr"] == 1e-3 and run["world"] == 1
+
+
+def test_train_grpo_self(grpo):
+    """Budgets from the model's own early stopping (the default split)."""
+    steps = [r for r in metrics(grpo).values() if "reward" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
+    for row in steps:
+        assert row["reward"] == pytest.approx(-row["measured"], rel=1e-4)
+        assert sum(row["per_scale"]) == pytest.approx(1, abs=0.01) and 1 <= row["gazes_per_frame"] <= 6
+        assert 0 < row["entropy"] < math.log(V) + 0.3 and 0 <= row["no_spread"] <= 1
+    Gaze.from_pretrained(grpo)
+    assert (grpo / "val.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("split, more", [
+    ("dirichlet", ["--gazing_ratio=exponential", "--policy=reference", "--optimizer=sgd"]),
+    ("mean", ["--temperature_end=0.5", "--val_ratio=0.75", "--val_requirement=0.9", "--micro_batch=0"])])
+def test_train_grpo_other_splits(stages, toy, tmp_path, split, more):
+    launch("train_grpo.py", *GRPO, f"--root={toy}", "--videomae=mae", "--init_from=ntp", f"--out_dir={tmp_path}",
+           f"--split={split}", "--epochs=1", *more, cwd=stages)
+    steps = [r for r in metrics(tmp_path).values() if "reward" in r]
+    assert len(steps) == 2 and all(r["reward_spread"] > 0 for r in steps)
+    if split == "mean":
+        assert steps[0]["gazes_per_frame"] == 21 / 4  # 0.3 · 4 · 20 · (10, 3, 3, 3) / 19 = 12.6, 3.8, 3.8, 3.8
+    before, after = (Gaze.from_pretrained(f) for f in (stages / "ntp", tmp_path))
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_eval(stages, grpo, toy):
+    launch("eval.py", f"--root={toy}", "--videomae=mae", "--models=ntp=ntp,grpo=grpo", "--out_dir=eval", "--n_frames=4",
+           "--ratios=0.1,0.3", "--batch_size=2", "--greedy_clips=2", "--device=cpu", cwd=stages)
+    report = json.loads((stages / "eval" / "eval.json").read_text())
+    assert report["budgets"] == {"0.1": [4, 1, 1, 1], "0.3": [12, 3, 3, 3]}
+    table = report["results"]["0.1"]
+    assert table.keys() == {"random", "uniform", "frame_diff", "ntp", "grpo", "greedy"}
+    assert table["greedy"]["loss"] == min(row["loss"] for row in table.values())
+    for row in table.values():
+        assert row["clips"] == 3 and sum(row["share_per_scale"]) == pytest.approx(1, abs=1e-4)
+        assert sum(row["per_frame"]) / 4 == pytest.approx(row["loss"], rel=1e-4)
+    names = {p.name for p in (stages / "eval").glob("*.png")}
+    assert {"loss_against_ratio.png", "predicted_against_measured.png", "gaze_ntp.png", "gaze_random.png"} <= names
+
+
+@pytest.fixture
+def run(stages, toy, tmp_path, monkeypatch):
+    """run(script, args, folder, die_at=None): main() in this process, killed after the checkpoint of step die_at."""
+    files = {train_videomae: [], train_ntp: [f"--labels={stages / 'labels.json'}", f"--videomae={stages / 'mae'}"],
+             train_grpo: [f"--init_from={stages / 'ntp'}", f"--videomae={stages / 'mae'}"]}
+    save_state = common.save_state
+
+    def main(script, args, folder, die_at=None):
+        def save_and_die(path, state):
+            save_state(path, state)
+            if state["step"] == die_at:
+                raise KeyboardInterrupt
+        monkeypatch.setattr(common, "save_state", save_and_die)
+        argv = ["script", *files[script], *args, f"--root={toy}", f"--out_dir={tmp_path / folder}"]
+        monkeypatch.setattr(sys, "argv", argv)
+        torch.manual_seed(12345)
+        if die_at is None:
+            script.main()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                script.main()
+    return main
+
+
+@pytest.mark.parametrize("script, args, stop_at", [
+    (train_videomae, MAE, 2), (train_videomae, [*MAE, "--crop=random"], 2), (train_ntp, NTP, 3),
+    (train_grpo, GRPO, 2)])
+def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, stop_at):
+    run(script, args, "whole")
+    run(script, args, "halves", die_at=stop_at)
+    run(script, [*args, "--init_from=resume"], "halves")
+    assert_same_metrics(metrics(tmp_path / "halves"), metrics(tmp_path / "whole"))
+    a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("halves", "whole"))
+    assert a["step"] == b["step"] > stop_at
+    for name in a["model"]:
+        torch.testing.assert_close(a["model"][name], b["model"][name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_two_processes_train_alike(run, stages, toy, tmp_path):
+    """Same losses and weights as one process with that batch size. SGD, as Adam hides a wrong scale of gradients."""
+    args = [*NTP, "--optimizer=sgd", "--lr=0.1"]
+    out = launch("train_ntp.py", *args, f"--root={toy}", "--labels=labels.json", "--videomae=mae",
+                 f"--out_dir={tmp_path / 'two'}", cwd=stages, processes=2)
+    assert "batch 4 = 2 clips x 1 micro-batches x 2 processes" in out
+    run(train_ntp, args, "one")
+    assert_same_metrics(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
+    one, two = (Gaze.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5, msg=name)
+
+
+class Alone:
+    """Stands in for DistributedDataParallel where a test plays the processes one after the other."""
+
+    def __init__(self, module):
+        self.module, self.no_sync = module, contextlib.nullcontext
+
+    def __call__(self, *args):
+        return self.module(*args)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("script, args, draw", [
+    (train_videomae, MAE, (common, "random_gazing")), (train_grpo, [*GRPO, "--split=mean"], (train_grpo, "roll_out"))])
+def test_every_process_draws_for_itself(run, monkeypatch, script, args, draw, resumed):
+    """Random gazes and rollouts must differ between processes, or more of them add nothing but repetition."""
+    states, original = [[], []], getattr(*draw)
+    if resumed:
+        run(script, args, "out", die_at=2)
+    for rank in (1, 0):
+        def record(*args, rank=rank):
+            if not isinstance(args[-1], torch.Generator):  # validation brings a generator
+                states[rank].append(torch.get_rng_state().numpy().tobytes())
+            return original(*args)
+        monkeypatch.setattr(*draw, record)
+        monkeypatch.setattr(script, "DistributedDataParallel", Alone)
+        monkeypatch.setattr(common, "init_processes", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
+        run(script, [*args, "--init_from=resume"] if resumed else args, "out")
+    assert len(states[0]) == len(states[1]) > 1
+    assert not set(states[0]) & set(states[1]), "some draws are the same"
+
+
+def test_things_that_do_not_fit(stages, toy, tmp_path, monkeypatch):
+    other = tiny_mae(scales="8+32")
+    other.save_pretrained(tmp_path / "mae")
+    for script, args, error, says in [
+            (train_grpo, [*GRPO, f"--videomae={tmp_path / 'mae'}", f"--init_from={stages / 'ntp'}"], ValueError,
+             r"scales 8\+32.*16\+32"),
+            (train_ntp, [*NTP, f"--labels={stages / 'labels.json'}", "--scales=8+32"], ValueError,
+             "labels.json.*other scales"),
+            (train_ntp, [*NTP, "--init_from=resume"], FileNotFoundError, "last.pt.*init_from=resume")]:
+        monkeypatch.setattr(sys, "argv", ["script", *args, f"--root={toy}", f"--out_dir={tmp_path}"])
+        with pytest.raises(error, match=says):
+            script.main()
