@@ -3,7 +3,6 @@ import json
 import math
 import os
 import platform
-import random
 import subprocess
 import sys
 import time
@@ -33,11 +32,9 @@ def init_processes(device="auto"):
     return rank, world, torch.device(device)
 
 
-def seed_everything(seed, rank=0):
-    """Different draws on every rank; what all ranks must draw alike takes an explicit generator (see shared_generator)."""
-    random.seed(seed + rank)
-    np.random.seed(seed + rank)
-    torch.manual_seed(seed + rank)
+def seed_step(seed, step, rank, world):
+    """Random numbers of a training step depend on step and rank only, so a resumed run draws what it would have drawn."""
+    torch.manual_seed((seed * 1_000_003 + step) * world + rank)
 
 
 def shared_generator(seed, step):
@@ -250,16 +247,6 @@ def load_state(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; init_from=resume needs a run that was started in this out_dir")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def rng_state(device):
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 class Log:

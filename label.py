@@ -151,7 +151,7 @@ def greedy_naive(mae, video, budgets, max_candidates=512):
 
 def clip_budgets(cfg, key, V):
     """Patches per frame of a clip, from the seed and its key alone: the same on every machine and after a restart."""
-    generator = torch.Generator().manual_seed(cfg.seed * 2 ** 32 + zlib.crc32(key.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{cfg.seed} {key}".encode()))
     ratio = common.draw_ratio("exponential", 0, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
     return common.to_budgets(common.split_ratio("dirichlet", ratio, cfg.n_frames, cfg.alpha, generator), V)
 
@@ -182,6 +182,7 @@ def main():
     out = Path(cfg.out or Path(cfg.root.split(",")[0]) / "gazing_labels.json")
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "device", "max_candidates", "naive", "splits", "max_clips")}
     done = read_parts(out, settings)
+    common.barrier()  # nobody writes before all have read, or they would share out different lists
 
     clips = [Clips(cfg.root, split, cfg.n_frames, c.image_size, stride=cfg.stride) for split in cfg.splits.split(",")]
     todo = [(data, i) for data in clips for i in range(min(len(data), cfg.max_clips or len(data)))]

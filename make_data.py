@@ -41,7 +41,7 @@ class ToyConfig:
     out: str = "data/toy"  # folder to write to
     n_train: int = 2000    # training clips
     n_val: int = 200       # validation clips
-    n_frames: int = 8      # frames per clip
+    n_frames: int = 4      # frames per clip
     height: int = 96       # pixels, even
     width: int = 128       # pixels, even
     seed: int = 0          # same seed, same clips; raising n_train adds clips and leaves the others as they are
@@ -55,7 +55,7 @@ class ToyConfig:
 class CutConfig:
     src: str = ""              # folder of videos, searched with its subfolders; several joined by commas
     out: str = "data/mine"     # folder to write to
-    n_frames: int = 8          # frames per window
+    n_frames: int = 4          # frames per window
     stride: int = 2            # take every so many-th frame of the source
     size: int = 128            # shortest side in pixels, even; the long side follows, rounded down to even
     hop: int = 0               # source frames from one window's start to the next; 0 = windows side by side
@@ -73,7 +73,7 @@ class CutConfig:
 class ScanConfig:
     src: str = ""               # folder of png, jpg or webp images, with its subfolders; several joined by commas
     out: str = "data/scan"      # folder to write to
-    n_frames: int = 8           # frames per clip
+    n_frames: int = 4           # frames per clip
     window: int = 224           # clip height and width in pixels, even; smaller images are enlarged to it
     step: float = 16.0          # pixels from frame to frame, in a random direction; bounces off the image's edges
     n_per_image: int = 4        # clips per image
@@ -99,23 +99,21 @@ def check_numbers(cfg, positive, even):
 # ----------------------------------------------------------------------------------------------------------------------
 # toy clips
 
-def texture(rng, h, w):
-    """(h, w, 3) uint8: smooth coloured noise whose fine octaves live in some regions only, under a few hard-edged
-    patches, so that some places hold far more detail than others."""
-    def noise(cells, channels=3):
-        grid = rng.standard_normal((1, channels, cells, cells), dtype=np.float32)
+def texture(rng, h, w, sides, n_patches, rough):
+    """(h, w, 3) uint8: smooth colour, `rough` adds blotches, under hard-edged patterned patches with sides of `sides`
+    pixels. Most of a background can be told from a coarse look; its patches cannot."""
+    def noise(cells):
+        grid = rng.standard_normal((1, 3, cells, cells), dtype=np.float32)
         return F.interpolate(torch.from_numpy(grid), size=(h, w), mode="bicubic").numpy()[0].transpose(1, 2, 0)
 
-    detail = noise(3, 1) > rng.uniform(-0.5, 1.0)  # (h, w, 1)
-    image = rng.uniform(50, 205, 3) + rng.uniform(20, 45) * noise(3) + 12 * noise(6)
-    image += detail * (22 * noise(10) + 6 * noise(24, 1))
-    for _ in range(rng.integers(2, 8)):
-        ph, pw = rng.integers(max(2, h // 12), h // 2 + 2), rng.integers(max(2, w // 12), w // 2 + 2)
+    image = rng.uniform(60, 195, 3) + 25 * noise(2) + rough * noise(5)
+    for _ in range(n_patches):
+        ph, pw = rng.integers(*sides, 2)
         y, x = rng.integers(-ph // 2, h - ph // 2), rng.integers(-pw // 2, w - pw // 2)
         patch = image[max(y, 0):y + ph, max(x, 0):x + pw]  # a view: filled in place
         yy, xx = np.mgrid[:patch.shape[0], :patch.shape[1]]
-        period = max(3, round(rng.uniform(0.08, 0.2) * h))
-        kind = rng.choice(["plain", "stripes", "checker", "gravel"], p=[0.55, 0.15, 0.15, 0.15])
+        period = max(2, round(rng.uniform(0.2, 0.5) * ph))
+        kind = rng.choice(["plain", "stripes", "checker", "gravel"])
         if kind == "stripes":
             angle = rng.uniform(0, math.pi)
             pattern = (yy * math.sin(angle) + xx * math.cos(angle)) // period % 2
@@ -159,20 +157,21 @@ def sprite(rng, cfg, n_frames, moving):
         visible[:rng.integers(1, n_frames)] = False  # appears ...
         if rng.random() < 0.5:
             visible = ~visible  # ... or vanishes
-    return texture(rng, h, w), mask, ys, xs, visible
+    return texture(rng, h, w, (max(2, h // 3), h + 1), 3, 30), mask, ys, xs, visible
 
 
 def render_shot(rng, cfg, n_frames, kind):
     """(n_frames, height, width, 3) uint8 without a cut."""
+    decor = (max(2, cfg.height // 7), cfg.height // 3 + 2), rng.integers(2, 7), 0
     if kind == "pan":
         angle, speed = rng.uniform(0, 2 * math.pi), rng.uniform(1, 4)
         dy, dx = (np.rint(np.arange(n_frames) * speed * f(angle)).astype(int) for f in (math.sin, math.cos))
         dy, dx = dy - dy.min(), dx - dx.min()
-        wide = texture(rng, cfg.height + dy.max(), cfg.width + dx.max())
+        wide = texture(rng, cfg.height + dy.max(), cfg.width + dx.max(), *decor)
         frames = np.stack([wide[y:y + cfg.height, x:x + cfg.width] for y, x in zip(dy, dx, strict=True)])
         n_sprites = rng.integers(0, 2)
     else:
-        frames = np.repeat(texture(rng, cfg.height, cfg.width)[None], n_frames, 0)
+        frames = np.repeat(texture(rng, cfg.height, cfg.width, *decor)[None], n_frames, 0)
         n_sprites = rng.integers(1, 3)
     for _ in range(n_sprites):  # later ones are in front
         picture, mask, ys, xs, visible = sprite(rng, cfg, n_frames, moving=kind != "still")

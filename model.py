@@ -402,13 +402,17 @@ class Gaze(nn.Module):
         list of T, or (B, T); at least one patch per frame. task_loss_requirement: a frame is finished when its predicted
         loss falls to this value, a float or (B, T). Ratio only: no early stop. Requirement only: any number of patches.
         Neither: the config's settings. temperature 0 takes the best patch, else samples. reference: decode as the
-        published code does (default: the config's reference_decoding). num_copies: G rollouts of each clip, copy-major.
+        published code does (default: the config's reference_decoding). num_copies: G rollouts of each clip, copy-major
+        (values given per clip then have G·B rows).
         Returns the gaze dict of the module's docstring plus gazing_mask, a list of S tensors (G·B, T, V_s) of 0/1.
         """
         B, T = video.shape[:2]
+        for name, value in (("gazing_ratio", gazing_ratio), ("task_loss_requirement", task_loss_requirement)):
+            if value is not None and torch.as_tensor(value).dim() > 0 and torch.as_tensor(value).shape[-1] != T:
+                raise ValueError(f"{name} has values for {torch.as_tensor(value).shape[-1]} frames, the video has {T}")
         stream = GazeStream(self, B * num_copies, gazing_ratio, task_loss_requirement, temperature, reference, generator)
-        if stream.reference and stream.requirement is not None and B * num_copies > 1:
-            # published early stopping lets clips of a batch disturb each other; one clip at a time is what it means
+        if stream.reference and B * num_copies > 1 and (stream.requirement is not None or stream.ratio_per_clip):
+            # published decoding lets clips that stop at different slots disturb each other; one at a time is what it means
             rows = [stream.for_row(i).run(self.embed(video[i % B:i % B + 1])[0]) for i in range(B * num_copies)]
             return self.merge(rows)
         with torch.no_grad():
@@ -465,6 +469,8 @@ def join_frames(frames):
 def per_clip_and_frame(value, B, name):
     """float | list of T | (B, T) -> a function of t that gives (B,) values."""
     value = torch.as_tensor(value, dtype=torch.float64).cpu()
+    if value.isnan().any() or value.numel() == 0:
+        raise ValueError(f"{name}={value.tolist()} is not a number for every frame")
     if value.dim() == 0:
         return lambda t: value.expand(B)
     if value.dim() == 2 and len(value) == 1:
@@ -492,10 +498,13 @@ class GazeStream:
         self.reference = c.reference_decoding if reference is None else reference
         if gazing_ratio is None and task_loss_requirement is None:
             gazing_ratio, task_loss_requirement = c.gazing_ratio, c.task_loss_requirement
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 (take the best) or above, got {temperature}")
         ratio = torch.as_tensor(1.0 if gazing_ratio is None else gazing_ratio, dtype=torch.float64)
-        if not ((ratio >= 0) & (ratio <= 1)).all() or ratio.max() == 0:
+        if ratio.numel() == 0 or not ((ratio >= 0) & (ratio <= 1)).all() or ratio.max() == 0:
             raise ValueError(f"gazing_ratio must lie in (0, 1], got {gazing_ratio}")
         self.ratio = per_clip_and_frame(ratio, batch_size, "gazing_ratio")
+        self.ratio_per_clip = ratio.dim() == 2 and len(ratio) > 1
         self.requirement = None
         if task_loss_requirement is not None:
             self.requirement = per_clip_and_frame(task_loss_requirement, batch_size, "task_loss_requirement")
@@ -510,7 +519,8 @@ class GazeStream:
         """The same settings for clip i alone, at the start of its video."""
         row = GazeStream(self.model, 1, 1.0, None, self.temperature, self.reference, self.generator)
         row.ratio = lambda t: self.ratio(t)[i:i + 1]
-        row.requirement = lambda t: self.requirement(t)[i:i + 1]
+        if self.requirement is not None:
+            row.requirement = lambda t: self.requirement(t)[i:i + 1]
         return row
 
     @torch.no_grad()

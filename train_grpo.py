@@ -152,7 +152,6 @@ def roll_out(gaze, video, cfg, step, temperature):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     rank, world, device = common.init_processes(cfg.device)
-    common.seed_everything(cfg.seed, rank)
     out = Path(cfg.out_dir)
 
     # ---- models
@@ -166,7 +165,6 @@ def main():
         torch.manual_seed(cfg.seed)  # the same weights on all ranks
         keys = GazeConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys() - {"gazing_ratio", "task_loss_requirement"}
         gaze = Gaze(GazeConfig(**{k: getattr(cfg, k) for k in keys}, max_num_frames=cfg.n_frames))
-        common.seed_everything(cfg.seed, rank)
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
@@ -177,7 +175,8 @@ def main():
                          f"the gaze model has {gaze.config.scales}, patch {gaze.config.patch_size}")
 
     # ---- data
-    args = dict(n_frames=cfg.n_frames, size=gaze.config.image_size, stride=cfg.stride, cache=cfg.cache)
+    R = gaze.config.image_size
+    args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
     train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
     total = math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
@@ -190,7 +189,6 @@ def main():
     optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
-        common.set_rng_state(resumed["rng"], device)
     ddp = DistributedDataParallel(gaze) if world > 1 else gaze
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     n_recon = int(cfg.recon_sample_rate * cfg.n_frames)
@@ -199,7 +197,7 @@ def main():
         f"reconstructor {common.count_parameters(mae) / 1e6:.2f} M, frozen",
         f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes, "
         f"{cfg.group_size} rollouts each, {n_recon} rewarded frames; {cfg.epochs:g} epochs of {len(train)} clips = {total} steps",
-        f"{len(train)} training clips, {n_val} for validation, each {tuple(train[0]['video'].shape)} uint8"
+        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if start else "")])
 
     # ---- loop
@@ -213,10 +211,10 @@ def main():
                           title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         if (step % cfg.save_every == 0 or step == total) and rank == 0:
             gaze.save_pretrained(out)
-            common.save_state(out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict(),
-                                                "rng": common.rng_state(device)})
+            common.save_state(out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict()})
         if step == total:
             break
+        common.seed_step(cfg.seed, step, rank, world)
         lr = common.learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -249,8 +247,8 @@ def main():
             seconds = [a + b for a, b in zip(seconds, (t2 - t1, t3 - t2, t4 - t3), strict=True)]
             real, spread = ~gazing["if_padded_gazing"], reward.std(0)
             stats += share * torch.tensor([
-                reward.mean(), spread.mean(), (spread < 1e-6).float().mean(), -log_prob.sum().item() / real.sum(),
-                real.sum() / (len(real) * cfg.n_frames), predicted.mean(), loss.mean(), error])
+                reward.mean(), spread.mean(), (spread < 1e-6).float().mean(), -log_prob.detach().sum() / real.sum(),
+                real.sum() / (len(real) * cfg.n_frames), predicted.detach().mean(), loss.mean(), error.detach()])
             per_scale += share * torch.stack([m.sum().cpu() for m in gazing["gazing_mask"]]) / real.sum().cpu()
         common.check_finite(stats.sum().item(), step, keys)
         optimizer.step()

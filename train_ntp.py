@@ -131,7 +131,6 @@ def label_loss(gaze, loader, device):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     rank, world, device = common.init_processes(cfg.device)
-    common.seed_everything(cfg.seed, rank)
     out = Path(cfg.out_dir)
 
     # ---- model
@@ -156,7 +155,8 @@ def main():
     labels = load_labels(cfg.labels)
     for key, label in labels.items():
         check_label(key, label, cfg.n_frames, V, cfg.labels)
-    args = dict(n_frames=cfg.n_frames, size=gaze.config.image_size, stride=cfg.stride, labels=labels, cache=cfg.cache)
+    R = gaze.config.image_size
+    args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, labels=labels, cache=cfg.cache)
     train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
     total = math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
@@ -169,7 +169,6 @@ def main():
     optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
-        common.set_rng_state(resumed["rng"], device)
     ddp = DistributedDataParallel(gaze) if world > 1 else gaze
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     log = common.Log(cfg, rank, world, device, [
@@ -177,7 +176,7 @@ def main():
         f"{common.count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
         f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes; "
         f"{cfg.epochs:g} epochs of {len(train)} clips = {total} steps",
-        f"{len(train)} training clips, {n_val} for validation, each {tuple(train[0]['video'].shape)} uint8"
+        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if start else "")])
 
     # ---- loop
@@ -191,10 +190,10 @@ def main():
                           title=f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         if (step % cfg.save_every == 0 or step == total) and rank == 0:
             gaze.save_pretrained(out)
-            common.save_state(out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict(),
-                                                "rng": common.rng_state(device)})
+            common.save_state(out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict()})
         if step == total:
             break
+        common.seed_step(cfg.seed, step, rank, world)
         lr = common.learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr

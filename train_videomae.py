@@ -107,7 +107,6 @@ def evaluate(mae, clips, loader, cfg, device):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     rank, world, device = common.init_processes(cfg.device)
-    common.seed_everything(cfg.seed, rank)
     out = Path(cfg.out_dir)
 
     # ---- model
@@ -128,7 +127,8 @@ def main():
     V = sum(model_cfg.ids_per_scale)
 
     # ---- data
-    args = dict(n_frames=cfg.n_frames, size=model_cfg.image_size, stride=cfg.stride, cache=cfg.cache)
+    R = model_cfg.image_size
+    args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
     train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, **args)
     val = Clips(cfg.root, "val", **args)
     sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, cfg.steps)
@@ -143,14 +143,13 @@ def main():
                                   lr=cfg.lr, betas=(0.9, cfg.beta2))
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
-        common.set_rng_state(resumed["rng"], device)
     ddp = DistributedDataParallel(mae) if world > 1 else mae
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     log = common.Log(cfg, rank, world, device, [
         f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "
         f"{common.count_parameters(mae.vit) / 1e6:.2f} M encoder + {common.count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
         f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes",
-        f"{len(train)} training clips, {n_val} for validation, each {tuple(train[0]['video'].shape)} uint8"
+        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if start else "")])
 
     # ---- loop
@@ -163,11 +162,11 @@ def main():
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2], title=f"step {step}: loss {val_loss:.3f}")
                 mae.save_pretrained(out)
-                common.save_state(out / "last.pt", {"step": step, "model": mae.state_dict(), "optimizer": optimizer.state_dict(),
-                                                    "rng": common.rng_state(device)})
+                common.save_state(out / "last.pt", {"step": step, "model": mae.state_dict(), "optimizer": optimizer.state_dict()})
             mae.train()
         if step == cfg.steps:
             break
+        common.seed_step(cfg.seed, step, rank, world)
         lr = common.learning_rate("linear_w_warmup", step, cfg.steps, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -2,8 +2,8 @@
 root = "data/toy"
 videomae = "out/toy/videomae"
 out = "out/toy/gazing_labels.json"
-n_frames = 8
-ratio_min = 0.1         # 17 of 168 patches
-ratio_max = 0.2         # 34
+n_frames = 4
+ratio_min = 0.12        # 10 of 84 patches
+ratio_max = 0.3         # 25
 ratio_rate = 5.0
-alpha = "18,3"          # nearly half of the budget goes to the first frame, the rest follows what changes
+alpha = "8,3"               # the first frame gets most, the rest follows what changes

@@ -1,0 +1,22 @@
+# make toy    install, then the whole pipeline on generated videos (about 10 minutes on 2 CPU cores)
+# make test   install, then the tests
+# make lint   install, then ruff
+PYTHON ?= python3
+VENV = .venv/installed
+
+toy: $(VENV)
+	.venv/bin/python pipeline.py config/toy.py
+
+test: $(VENV)
+	.venv/bin/python -m pytest -q tests
+
+lint: $(VENV)
+	.venv/bin/ruff check .
+
+# the marker is newer than requirements.txt once everything in it is installed
+$(VENV): requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: toy test lint

@@ -1,0 +1,119 @@
+"""Every stage in order: videos -> reconstructor -> labels -> NTP -> GRPO -> evaluation -> report.
+
+    python pipeline.py config/toy.py                                   # what `make toy` runs
+    python pipeline.py config/toy.py --videos=my/videos --out=out/mine # the same on windows cut from your own videos
+
+Runs the commands below as you would type them, prints each, and stops at the first that fails. Stages that are done
+(their result exists and was made by the same command) are skipped, so an interrupted run goes on. Processes get one core each.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import configurator
+
+
+@dataclass
+class Config:
+    out: str = "out/toy"               # results; the data go to <out>/data
+    videos: str = ""                   # folders of long videos to cut into windows; empty: generate the toy set
+    configs: str = "config/toy"        # <configs>_videomae.py, <configs>_label.py, … hold the settings of each stage
+    n_train: int = 4000                # generated training clips
+    n_val: int = 200                   # generated clips that are held out
+    cut: str = "--n_frames=4 --stride=2"  # how to cut windows from `videos`
+    label_clips: int = 3000            # training clips that get labels
+    ratio: float = 0.205               # gazing ratio at which the methods are compared
+    other_ratios: str = "0.1,0.35"     # further points of the curve; empty: none
+    alpha: str = "8,3"                 # split of the budget over the frames
+    n_frames: int = 4                  # clip length
+    n_processes: int = 2               # cores to use
+    seed: int = 666                    # of every stage
+
+
+def main():
+    cfg = configurator.parse(Config, sys.argv[1:])
+    out, python, seconds = Path(cfg.out), sys.executable, {}
+    out.mkdir(parents=True, exist_ok=True)
+    data = out / "data"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore::UserWarning:torch"}
+
+    def stage(name, *commands):
+        """Run commands side by side, unless the stage is marked as done by these very commands."""
+        lines = [" ".join(c) for c in commands]
+        marker = out / f"{name}.done"
+        if marker.is_file() and json.loads(marker.read_text())["commands"] == lines:
+            seconds[name] = json.loads(marker.read_text())["seconds"]
+            print(f"\n== {name}: done before")
+            return
+        print(f"\n== {name}\n" + "\n".join(f"$ {line}" for line in lines), flush=True)
+        t0 = time.time()
+        running = []
+        try:
+            for i, c in enumerate(commands):
+                log = None if i == 0 else open(out / f"{name}.{i}.log", "w")  # the first one talks, the others to a file
+                running.append(subprocess.Popen(c, env=env, stdout=log, stderr=log and subprocess.STDOUT))
+            codes = [p.wait() for p in running]
+        finally:
+            for p in running:
+                if p.poll() is None:
+                    p.terminate()
+        if any(codes):
+            raise SystemExit(f"{name} failed (exit codes {codes}); output of background commands: {out}/{name}.*.log")
+        seconds[name] = round(time.time() - t0, 1)
+        marker.write_text(json.dumps({"commands": lines, "seconds": seconds[name]}) + "\n")
+
+    def script(name, *args, n=1):
+        run = [python, "-u"] if n == 1 else [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        return [*run, name, *args]
+
+    n, root = cfg.n_processes, f"--root={data}"
+    common = [root, f"--seed={cfg.seed}"]
+    mae, labels = f"--videomae={out}/videomae", f"{out}/gazing_labels.json"
+    if cfg.videos:
+        stage("data", script("make_data.py", "cut", f"--src={cfg.videos}", f"--out={data}", *cfg.cut.split()))
+    else:
+        stage("data", script("make_data.py", "toy", f"--out={data}", f"--n_train={cfg.n_train}", f"--n_val={cfg.n_val}",
+                             f"--n_frames={cfg.n_frames}", f"--seed={cfg.seed}", f"--n_workers={n}"))
+    stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *common, f"--out_dir={out}/videomae", n=n))
+    stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}", f"--max_clips={cfg.label_clips}", n=n))
+    ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}", f"--out_dir={out}/ntp", n=n)
+    stage("ntp", ntp)
+    grpo = [f"{cfg.configs}_grpo.py", *common, mae]
+    # both at once, one core each: from the NTP model, and from scratch to see what NTP is worth
+    stage("grpo", script("train_grpo.py", *grpo, f"--init_from={out}/ntp", f"--out_dir={out}/grpo"),
+          script("train_grpo.py", *grpo, "--init_from=scratch", f"--out_dir={out}/rl_only"))
+    ratios = ",".join(filter(None, [str(cfg.ratio), cfg.other_ratios]))
+    stage("eval", script("eval.py", *common, mae, f"--models=rl_only={out}/rl_only,ntp={out}/ntp,grpo={out}/grpo", f"--out_dir={out}/eval",
+                         f"--n_frames={cfg.n_frames}", f"--alpha={cfg.alpha}", f"--ratios={ratios}", "--greedy_clips=32"))
+
+    result = json.loads((out / "eval" / "eval.json").read_text())
+    ratio, table = next(iter(result["results"].items()))
+    budgets = result["budgets"][ratio]
+    closed = {k: 100 * (table["random"]["loss"] - v["loss"]) / (table["random"]["loss"] - table["greedy"]["loss"]) for k, v in table.items()}
+    print(f"\nheld-out clips: {result['clips']}, gazes per frame: {budgets}, seed {cfg.seed}\n\n"
+          f"{'method':<12}{'loss':>8}{'gap closed':>12}{'predicted':>11}")
+    for name, row in table.items():
+        print(f"{name:<12}{row['loss']:>8.4f}{closed[name]:>10.0f} %" + (f"{row['predicted']:>11.4f}" if "predicted" in row else ""))
+    report = {"loss": {k: v["loss"] for k, v in table.items()}, "ratio": sum(budgets) / len(budgets) / sum_ids(out),
+              "gap_closed": closed, "seconds": seconds, "seed": cfg.seed, "clips": result["clips"], "commit": result["commit"]}
+    tmp = out / "report.json.tmp"
+    tmp.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(tmp, out / "report.json")
+    print("\nseconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f"; {sum(seconds.values()):.0f} in all")
+    print("\npictures:")
+    for path in sorted([*out.glob("*/*.png")]):
+        print(f"  {path}")
+    print(f"report: {out}/report.json")
+
+
+def sum_ids(out):
+    mae = json.loads((out / "videomae" / "config.json").read_text())
+    return sum((int(s) // mae["patch_size"]) ** 2 for s in mae["scales"].split("+"))
+
+
+if __name__ == "__main__":
+    main()
