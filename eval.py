@@ -1,6 +1,5 @@
 """Which way of choosing patches reconstructs held-out videos best, at equal budgets?
 
-    python eval.py config/toy_eval.py
     python eval.py --root=data/mine --videomae=out/videomae --models=ntp=out/ntp,grpo=out/grpo
 
 Compares, at the same number of patches in every frame: random patches; uniform (coarse to fine, evenly spread); frame
@@ -108,7 +107,8 @@ def frame_diff_gazing(video, budgets, config):
 
 def greedy_gazing(mae, video, budgets):
     found = [greedy(mae, clip, budgets)[0] for clip in video]
-    return from_lists([torch.tensor([f[t] for f in found]) for t in range(len(budgets))], sum(mae.config.ids_per_scale), video.device)
+    frames = [torch.tensor([f[t] for f in found]) for t in range(len(budgets))]
+    return from_lists(frames, sum(mae.config.ids_per_scale), video.device)
 
 
 @torch.no_grad()
@@ -133,7 +133,8 @@ def measure(cfg, mae, models, loader, ratio, device, with_greedy):
             recon, loss = mae(video, gazing, range(T))
             losses.setdefault(name, []).append(loss.cpu())
             if name in models:
-                predicted.setdefault(name, []).append(models[name](video, gazing)[1].gather(1, common.last_slots(gazing)).cpu())
+                said = models[name](video, gazing)[1].gather(1, common.last_slots(gazing))
+                predicted.setdefault(name, []).append(said.cpu())
             ids = gazing["gazing_pos"] % V
             edges = torch.tensor([0, *c.ids_per_scale]).cumsum(0).tolist()
             shares.setdefault(name, []).append(torch.tensor([((ids >= a) & (ids < b)).float().mean() for a, b in
@@ -175,7 +176,8 @@ def plot(results, out):
     fig, ax = viz.plt.subplots(figsize=(5.5, 4))
     for name in next(iter(results.values())):
         points = sorted((float(r), t[name]["loss"]) for r, t in results.items() if name in t)
-        ax.plot(*zip(*points, strict=True), marker="o", ms=4, label=name, ls="--" if name in ("random", "uniform", "frame_diff") else "-")
+        style = "--" if name in ("random", "uniform", "frame_diff") else "-"
+        ax.plot(*zip(*points, strict=True), marker="o", ms=4, label=name, ls=style)
     ax.set(xlabel="gazing ratio (share of all patches)", ylabel="reconstruction loss", title="held-out clips")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
@@ -215,7 +217,8 @@ def main():
         unreadable.update(item["unreadable"])
         if item["path"] not in {x["path"] for x in items}:  # an unreadable file is passed over, not replaced by a twin
             items.append(item)
-    batches = [{"video": torch.stack([x["video"] for x in items[i:i + cfg.batch_size]])} for i in range(0, len(items), cfg.batch_size)]
+    batches = [{"video": torch.stack([x["video"] for x in items[i:i + cfg.batch_size]])}
+               for i in range(0, len(items), cfg.batch_size)]
     results, pictures, budgets = {}, {}, {}
     for i, ratio in enumerate(cfg.ratios.split(",")):
         with_greedy = cfg.greedy * (len(items) if i == 0 else cfg.greedy_clips)

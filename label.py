@@ -180,7 +180,8 @@ def main():
     mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights).to(device).freeze()
     c, V = mae.config, sum(mae.config.ids_per_scale)
     out = Path(cfg.out or Path(cfg.root.split(",")[0]) / "gazing_labels.json")
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "device", "max_candidates", "naive", "splits", "max_clips")}
+    free = ("out", "device", "max_candidates", "naive", "splits", "max_clips")  # may change between runs of one label file
+    settings = {k: v for k, v in asdict(cfg).items() if k not in free}
     done = read_parts(out, settings)
     common.barrier()  # nobody writes before all have read, or they would share out different lists
 
@@ -221,7 +222,8 @@ def main():
         os.replace(tmp, out)
         if mine:
             print(f"{seconds / len(mine):.4f} s per clip and process, {total / max(seconds, 1e-9):.0f} candidates per second in all")
-        print(f"{out}: labels of {len(labels)} clips" + (f"; {int(n_bad)} unreadable files left out" if n_bad else ""))
+        print(f"{out}: labels of {len(labels)} clips"
+              + (f"; {int(n_bad)} unreadable files left out" if n_bad else ""))
     common.finish()
 
 

@@ -418,7 +418,8 @@ class Gaze(nn.Module):
         with torch.no_grad():
             return stream.run(self.embed(video)[0].repeat(num_copies, 1, 1, 1))
 
-    def stream(self, batch_size=1, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None, generator=None):
+    def stream(self, batch_size=1, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None,
+               generator=None):
         """Frame in, gaze out: an object whose step(frame (B, 3, R', R')) returns that frame's gaze dict."""
         return GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator)
 

@@ -79,7 +79,8 @@ def main():
         stage("data", script("make_data.py", "toy", f"--out={data}", f"--n_train={cfg.n_train}", f"--n_val={cfg.n_val}",
                              f"--n_frames={cfg.n_frames}", f"--seed={cfg.seed}", f"--n_workers={n}"))
     stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *common, f"--out_dir={out}/videomae", n=n))
-    stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}", f"--max_clips={cfg.label_clips}", n=n))
+    stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}",
+                           f"--max_clips={cfg.label_clips}", n=n))
     ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}", f"--out_dir={out}/ntp", n=n)
     stage("ntp", ntp)
     grpo = [f"{cfg.configs}_grpo.py", *common, mae]
@@ -87,17 +88,20 @@ def main():
     stage("grpo", script("train_grpo.py", *grpo, f"--init_from={out}/ntp", f"--out_dir={out}/grpo"),
           script("train_grpo.py", *grpo, "--init_from=scratch", f"--out_dir={out}/rl_only"))
     ratios = ",".join(filter(None, [str(cfg.ratio), cfg.other_ratios]))
-    stage("eval", script("eval.py", *common, mae, f"--models=rl_only={out}/rl_only,ntp={out}/ntp,grpo={out}/grpo", f"--out_dir={out}/eval",
-                         f"--n_frames={cfg.n_frames}", f"--alpha={cfg.alpha}", f"--ratios={ratios}", "--greedy_clips=32"))
+    models = ",".join(f"{m}={out}/{m}" for m in ("rl_only", "ntp", "grpo"))
+    stage("eval", script("eval.py", *common, mae, f"--models={models}", f"--out_dir={out}/eval", f"--n_frames={cfg.n_frames}",
+                         f"--alpha={cfg.alpha}", f"--ratios={ratios}", "--greedy_clips=32"))
 
     result = json.loads((out / "eval" / "eval.json").read_text())
     ratio, table = next(iter(result["results"].items()))
     budgets = result["budgets"][ratio]
-    closed = {k: 100 * (table["random"]["loss"] - v["loss"]) / (table["random"]["loss"] - table["greedy"]["loss"]) for k, v in table.items()}
+    gap = table["random"]["loss"] - table["greedy"]["loss"]
+    closed = {k: 100 * (table["random"]["loss"] - v["loss"]) / gap for k, v in table.items()}
     print(f"\nheld-out clips: {result['clips']}, gazes per frame: {budgets}, seed {cfg.seed}\n\n"
           f"{'method':<12}{'loss':>8}{'gap closed':>12}{'predicted':>11}")
     for name, row in table.items():
-        print(f"{name:<12}{row['loss']:>8.4f}{closed[name]:>10.0f} %" + (f"{row['predicted']:>11.4f}" if "predicted" in row else ""))
+        predicted = f"{row['predicted']:>11.4f}" if "predicted" in row else ""
+        print(f"{name:<12}{row['loss']:>8.4f}{closed[name]:>10.0f} %{predicted}")
     report = {"loss": {k: v["loss"] for k, v in table.items()}, "ratio": sum(budgets) / len(budgets) / sum_ids(out),
               "gap_closed": closed, "seconds": seconds, "seed": cfg.seed, "clips": result["clips"], "commit": result["commit"]}
     tmp = out / "report.json.tmp"

@@ -136,7 +136,7 @@ def grpo_loss(log_prob, advantage):
 
 def roll_out(gaze, video, cfg, step, temperature):
     """G sampled gazes of every clip, copy-major. Draws of ratio and requirement are the same on all ranks."""
-    B, T, V = len(video), cfg.n_frames, gaze.config.num_ids
+    T, V = cfg.n_frames, gaze.config.num_ids
     shared = common.shared_generator(cfg.seed, step)
     ratio = common.draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, shared)
     if cfg.split == "self":
@@ -163,10 +163,12 @@ def main():
         gaze.load_state_dict(resumed["model"])
     elif cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)  # the same weights on all ranks
-        keys = GazeConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys() - {"gazing_ratio", "task_loss_requirement"}
+        keys = GazeConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys()
+        keys -= {"gazing_ratio", "task_loss_requirement"}  # of rollouts here, of validation in the model's config
         gaze = Gaze(GazeConfig(**{k: getattr(cfg, k) for k in keys}, max_num_frames=cfg.n_frames))
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
+    gaze.config.reference_decoding = False  # the policy that samples must be the one that is trained
     gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
     gaze.to(device)
     mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights).to(device).freeze()

@@ -145,6 +145,7 @@ def main():
         gaze = Gaze(gaze_cfg)
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
+        gaze.config.reference_decoding = False  # trained at exact positions, so decode at exact positions
     if resumed:
         gaze.load_state_dict(resumed["model"])
     gaze.to(device)
@@ -216,8 +217,8 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.log_every == 0:
             nll, error, n_bad = common.all_sum(*sums, len(unreadable))
-            log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr, epoch=(step + 1) * cfg.batch_size / len(train),
-                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
+            log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr,
+                      epoch=(step + 1) * cfg.batch_size / len(train), ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
             t0 = time.time()
     common.finish()
 

@@ -147,7 +147,8 @@ def main():
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     log = common.Log(cfg, rank, world, device, [
         f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "
-        f"{common.count_parameters(mae.vit) / 1e6:.2f} M encoder + {common.count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
+        f"{common.count_parameters(mae.vit) / 1e6:.2f} M encoder + "
+        f"{common.count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
         f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes",
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if start else "")])
@@ -160,7 +161,8 @@ def main():
             val_loss, picture = evaluate(mae, val, val_loader, cfg, device)
             log.write(step, cfg.steps, step - start, val_loss=val_loss)
             if rank == 0:
-                viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2], title=f"step {step}: loss {val_loss:.3f}")
+                viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],
+                          title=f"step {step}: loss {val_loss:.3f}")
                 mae.save_pretrained(out)
                 common.save_state(out / "last.pt", {"step": step, "model": mae.state_dict(), "optimizer": optimizer.state_dict()})
             mae.train()

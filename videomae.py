@@ -1,6 +1,6 @@
 """The frozen reconstructor: a block-causal, multi-scale masked autoencoder for video, and the losses that judge it.
 
-    mae = VideoMAE.from_pretrained("out/toy/videomae")         # a folder, a state-dict file, or a hub id
+    mae = VideoMAE.from_pretrained("out/toy/videomae")         # a folder or a state-dict file
     reconstruction, loss = mae(video, gazing, frames=[0, 7])   # (B, F, 3, R, R), (B, F)
 
 From the gazed patches alone it paints whole frames: frame t is reconstructed from the patches gazed in frames <= t
@@ -287,7 +287,6 @@ class VideoMAE(nn.Module):
 
     def reconstruct(self, video, gazing, frames):
         frames = [int(f) for f in frames]
-        V = sum(self.config.ids_per_scale)
         n = gazing["num_gazing_each_frame"].tolist()
         assert video.shape[-1] == video.shape[-2] == self.config.image_size and len(n) == video.shape[1]
         last = max(frames) + 1  # nothing later can matter

@@ -24,8 +24,8 @@ def gazed_boxes(gazing, config, row=0):
     starts = np.cumsum([0, *config.ids_per_scale])
     for t, n_t in enumerate(gazing["num_gazing_each_frame"].tolist()):
         boxes = []
-        for pos, pad in zip(gazing["gazing_pos"][row, at:at + n_t].tolist(), gazing["if_padded_gazing"][row, at:at + n_t].tolist(),
-                            strict=True):
+        slots = (gazing[k][row, at:at + n_t].tolist() for k in ("gazing_pos", "if_padded_gazing"))
+        for pos, pad in zip(*slots, strict=True):
             if not pad:
                 i = pos - V * t
                 s = int(np.searchsorted(starts, i, side="right")) - 1
@@ -81,7 +81,8 @@ def sheet(path, video, gazing, config, reconstruction=None, title="", losses=Non
         if losses is not None:
             axes[-1, t].set_xlabel(f"loss {losses[t]:.3f}", fontsize=7)
     scales = "   ".join(f"{n} px" for n in config.scale_list)
-    handles = [plt.Line2D([], [], color=COLORS[s % len(COLORS)], lw=2, label=f"scale {n} px") for s, n in enumerate(config.scale_list)]
+    handles = [plt.Line2D([], [], color=COLORS[s % len(COLORS)], lw=2, label=f"scale {n} px")
+               for s, n in enumerate(config.scale_list)]
     fig.legend(handles=handles, loc="lower center", ncol=len(handles), fontsize=7, frameon=False)
     fig.suptitle(title or scales, fontsize=9)
     fig.tight_layout(rect=(0, 0.04, 1, 0.97))
