@@ -1,4 +1,4 @@
-"""What all stages must agree on: processes, the order of the data, gaze budgets, checkpoints and logs. Nothing clever."""
+"""What all stages must agree on: processes, order of the data, gaze budgets, checkpoints and logs. Nothing clever."""
 import json
 import math
 import os
@@ -33,7 +33,7 @@ def init_processes(device="auto"):
 
 
 def seed_step(seed, step, rank, world):
-    """Random numbers of a training step depend on step and rank only, so a resumed run draws what it would have drawn."""
+    """Random numbers of a step depend on step and rank only, so a resumed run draws what it would have drawn."""
     torch.manual_seed((seed * 1_000_003 + step) * world + rank)
 
 
@@ -138,7 +138,7 @@ def parse_alpha(alpha, n_frames):
 
 
 def split_ratio(kind, ratio, n_frames, alpha, generator):
-    """Per-frame ratios (T,) that average `ratio`. uniform: all equal. dirichlet: random shares. mean: the Dirichlet's mean."""
+    """Per-frame ratios (T,) that average `ratio`. uniform: all equal. dirichlet: random shares. mean: their mean."""
     if kind == "uniform":
         return torch.full((n_frames,), float(ratio), dtype=torch.float64)
     alpha = torch.tensor(parse_alpha(alpha, n_frames), dtype=torch.float64)
@@ -172,8 +172,9 @@ def to_budgets(ratios, n_ids):
 def validate(gaze, mae, loader, ratios, requirement, device):
     """Greedy gazes of validation clips and what the reconstructor makes of them, over all ranks.
 
-    ratios (T,) share of the patches that each frame may take. Returns ({val_loss: mean over clips and frames, val_ratio,
-    val_predicted: the model's own estimate of the loss}, tensors for one picture); without a reconstructor no losses.
+    ratios (T,) share of the patches that each frame may take. Returns ({val_loss: mean over clips and frames,
+    val_ratio, val_predicted: the model's own estimate of the loss}, tensors for one picture); without a reconstructor
+    no losses.
     """
     sums, picture = [0.0] * 4, None
     for batch in loader:
@@ -189,7 +190,8 @@ def validate(gaze, mae, loader, ratios, requirement, device):
         sums[2] += real.sum().item() / (video.shape[1] * gaze.config.num_ids)
         sums[3] += len(video)
         if picture is None:
-            picture = video[0], {k: v[:1] if v.dim() == 2 else v for k, v in gazing.items() if k != "gazing_mask"}, recon
+            first = {k: v[:1] if v.dim() == 2 else v for k, v in gazing.items() if k != "gazing_mask"}
+            picture = video[0], first, recon
     loss, predicted, ratio, count = all_sum(*sums)
     metrics = {"val_ratio": ratio / count}
     if mae is not None:
@@ -245,7 +247,8 @@ def save_state(path, state):
 
 def load_state(path):
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; init_from=resume needs a run that was started in this out_dir")
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; init_from=resume needs a run that was started in this out_dir")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -258,8 +261,8 @@ class Log:
         if rank:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        about = {"command": sys.argv, "commit": git_commit(), "python": platform.python_version(), "torch": torch.__version__,
-                 "device": str(device), "world": world, "threads": torch.get_num_threads()}
+        about = {"command": sys.argv, "commit": git_commit(), "python": platform.python_version(),
+                 "torch": torch.__version__, "device": str(device), "world": world, "threads": torch.get_num_threads()}
         (self.out_dir / "run.json").write_text(json.dumps({"config": asdict(cfg), **about}, indent=2) + "\n")
         print("  ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
         print(f"commit {about['commit']}, python {about['python']}, torch {about['torch']}, {device}, "
@@ -285,7 +288,8 @@ class Log:
 
 def git_commit():
     try:
-        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                             text=True)
         return run.stdout.strip() or "unknown"
     except OSError:
         return "unknown"

@@ -37,7 +37,7 @@ class Config:
     out_dir: str = "out/eval"          # eval.json, plots, pictures
     n_frames: int = 16                 # clip length
     stride: int = 1                    # source frames per clip frame
-    ratios: str = "0.05,0.1,0.2"       # average gazing ratios to measure at; the first one is the headline of report.json
+    ratios: str = "0.05,0.1,0.2"       # average gazing ratios to measure at; the first is the headline of report.json
     alpha: str = "10,3"                # relative budget of the frames, the last value repeated
     max_clips: int = 256               # clips that are used
     greedy: bool = True                # include the greedy search (slow: one reconstruction per candidate)
@@ -69,8 +69,8 @@ def uniform_order(config):
 
 def from_lists(frames, V, device):
     """Ids within the frame, per frame a (B, n_t) tensor -> gaze dict."""
-    return {k: v.to(device) for k, v in
-            join_frames([(ids + V * t, torch.zeros_like(ids, dtype=torch.bool)) for t, ids in enumerate(frames)]).items()}
+    gazing = join_frames([(ids + V * t, torch.zeros_like(ids, dtype=torch.bool)) for t, ids in enumerate(frames)])
+    return {k: v.to(device) for k, v in gazing.items()}
 
 
 def uniform_gazing(video, budgets, config):
@@ -88,7 +88,7 @@ def uniform_gazing(video, budgets, config):
 
 
 def frame_diff_gazing(video, budgets, config):
-    """First frame as `uniform`; later frames the patches, of any scale, whose pixels changed most since the frame before.
+    """First frame as `uniform`; later the patches, of any scale, whose pixels changed most since the frame before.
 
     A patch counts by its mean absolute difference times its share of what a fine patch resolves, so a coarse patch wins
     only where the change is spread out.
@@ -151,7 +151,8 @@ def measure(cfg, mae, models, loader, ratio, device, with_greedy):
             centred = (p - p.mean(), loss - loss.mean())
             out[name]["predicted"] = p.mean().item()
             out[name]["predicted_mae"] = (p - loss).abs().mean().item()
-            out[name]["predicted_correlation"] = ((centred[0] * centred[1]).mean() / (p.std() * loss.std() + 1e-12)).item()
+            correlation = (centred[0] * centred[1]).mean() / (p.std() * loss.std() + 1e-12)
+            out[name]["predicted_correlation"] = correlation.item()
             out[name]["scatter"] = [torch.stack([p, loss], -1).flatten(0, 1)[:2000].tolist()]
     return out, first, budgets
 
@@ -169,7 +170,8 @@ def print_table(results):
         closed = ""
         if "greedy" in names:
             closed = f"{gap_closed(next(iter(results.values())), name):>10.0f} %"
-        print(f"{name:<16}" + "".join(f"{t[name]['loss']:>10.4f}" if name in t else f"{'-':>10}" for t in results.values()) + closed)
+        losses = (f"{t[name]['loss']:>10.4f}" if name in t else f"{'-':>10}" for t in results.values())
+        print(f"{name:<16}" + "".join(losses) + closed)
 
 
 def plot(results, out):
@@ -202,13 +204,15 @@ def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     _, _, device = common.init_processes(cfg.device)
     out, t0 = Path(cfg.out_dir), time.time()
-    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights).to(device).freeze()
+    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights)
+    mae.to(device).freeze()
     models = {}
     for entry in filter(None, cfg.models.split(",")):
         name, folder = entry.split("=", 1)
         models[name] = Gaze.from_pretrained(folder).to(device).eval()
         if models[name].config.scales != mae.config.scales:
-            raise ValueError(f"{folder} looks at scales {models[name].config.scales}, {cfg.videomae} at {mae.config.scales}")
+            raise ValueError(f"{folder} looks at scales {models[name].config.scales}, "
+                             f"{cfg.videomae} at {mae.config.scales}")
     clips = Clips(cfg.root, cfg.split, cfg.n_frames, mae.config.image_size, stride=cfg.stride)
     n = min(len(clips), cfg.max_clips)
     items, unreadable = [], set()
@@ -235,7 +239,8 @@ def main():
     (out / "eval.json").write_text(json.dumps(
         {"config": asdict(cfg), "commit": common.git_commit(), "clips": len(items), "unreadable": len(unreadable),
          "budgets": budgets, "seconds": time.time() - t0, "results": results}, indent=1) + "\n")
-    print(f"\n{len(items)} clips, budgets per frame {budgets[cfg.ratios.split(',')[0]]}; pictures and eval.json in {out}")
+    print(f"\n{len(items)} clips, budgets per frame {budgets[cfg.ratios.split(',')[0]]}; "
+          f"pictures and eval.json in {out}")
 
 
 if __name__ == "__main__":

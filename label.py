@@ -75,7 +75,8 @@ class Past:
             q, k, v = block.qkv(x)
             new.append((k, v))
             if self.kv:  # the past is shared by all alternatives
-                k, v = (torch.cat([p.expand(len(x), -1, -1, -1), a], dim=2) for p, a in zip(self.kv[i], (k, v), strict=True))
+                k, v = (torch.cat([p.expand(len(x), -1, -1, -1), a], dim=2)
+                        for p, a in zip(self.kv[i], (k, v), strict=True))
             x = block.finish(x, F.scaled_dot_product_attention(q, k, v))
         return x, new
 
@@ -83,7 +84,8 @@ class Past:
         """Make x (1, L, D) part of the past; returns its output."""
         out, new = self.run(x)
         if self.kv:
-            new = [[torch.cat(pair, dim=2) for pair in zip(old, n, strict=True)] for old, n in zip(self.kv, new, strict=True)]
+            new = [[torch.cat(pair, dim=2) for pair in zip(old, n, strict=True)]
+                   for old, n in zip(self.kv, new, strict=True)]
         self.kv = new
         return out
 
@@ -177,10 +179,11 @@ def read_parts(out, settings):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     rank, world, device = common.init_processes(cfg.device)
-    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights).to(device).freeze()
+    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights)
+    mae.to(device).freeze()
     c, V = mae.config, sum(mae.config.ids_per_scale)
     out = Path(cfg.out or Path(cfg.root.split(",")[0]) / "gazing_labels.json")
-    free = ("out", "device", "max_candidates", "naive", "splits", "max_clips")  # may change between runs of one label file
+    free = ("out", "device", "max_candidates", "naive", "splits", "max_clips")  # may change between runs
     settings = {k: v for k, v in asdict(cfg).items() if k not in free}
     done = read_parts(out, settings)
     common.barrier()  # nobody writes before all have read, or they would share out different lists
@@ -221,7 +224,8 @@ def main():
         tmp.write_text(json.dumps(labels))
         os.replace(tmp, out)
         if mine:
-            print(f"{seconds / len(mine):.4f} s per clip and process, {total / max(seconds, 1e-9):.0f} candidates per second in all")
+            print(f"{seconds / len(mine):.4f} s per clip and process, "
+                  f"{total / max(seconds, 1e-9):.0f} candidates per second in all")
         print(f"{out}: labels of {len(labels)} clips"
               + (f"; {int(n_bad)} unreadable files left out" if n_bad else ""))
     common.finish()

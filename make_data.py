@@ -162,7 +162,7 @@ def sprite(rng, cfg, n_frames, moving):
 
 def render_shot(rng, cfg, n_frames, kind):
     """(n_frames, height, width, 3) uint8 without a cut."""
-    decor = (max(2, cfg.height // 7), cfg.height // 3 + 2), rng.integers(2, 7), 0
+    decor = (max(2, cfg.height // 7), max(3, cfg.height // 3 + 2)), rng.integers(2, 7), 0
     if kind == "pan":
         angle, speed = rng.uniform(0, 2 * math.pi), rng.uniform(1, 4)
         dy, dx = (np.rint(np.arange(n_frames) * speed * f(angle)).astype(int) for f in (math.sin, math.cos))

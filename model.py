@@ -10,8 +10,8 @@ A *gaze* of B clips is a dict of three tensors, frame after frame along N (paper
     if_padded_gazing       (B, N) bool    True = a dummy slot; its gazing_pos means nothing
     num_gazing_each_frame  (T,)   int64   slots of each frame, the same for all clips; sums to N
 
-Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), P vision tokens per frame (finest scale),
-K slots predicted at once, N slots of a clip, L tokens of a clip, D width, H heads.
+Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), P vision tokens per frame (finest
+scale), K slots predicted at once, N slots of a clip, L tokens of a clip, D width, H heads.
 """
 import json
 import math
@@ -30,7 +30,7 @@ from einops import rearrange
 
 @dataclass
 class GazeConfig:
-    scales: str = "32+64+112+224"      # side lengths at which a frame is looked at, ascending; the last is the input size R
+    scales: str = "32+64+112+224"      # side lengths at which a frame is looked at, ascending; the last: input size R
     patch_size: int = 16
     max_num_frames: int = 16           # frames of a training clip
     hidden_size: int = 192             # D
@@ -49,7 +49,7 @@ class GazeConfig:
     gazing_ratio: float = 0.75         # used by generate() when the caller gives neither ratio nor requirement
     task_loss_requirement: float | None = None
     reference_decoding: bool = False   # generate as the published code does (stale positions, per-slot stopping)
-    reference_file: dict = field(default_factory=dict, repr=False)  # config.json as read, so that saving keeps its other keys
+    reference_file: dict = field(default_factory=dict, repr=False)  # config.json as read; saving keeps its other keys
 
     def __post_init__(self):
         sides = self.scale_list
@@ -58,7 +58,8 @@ class GazeConfig:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads={self.num_heads}")
         if not 1 <= self.num_multi_token_pred <= self.num_ids:
-            raise ValueError(f"num_multi_token_pred={self.num_multi_token_pred} must be in 1..{self.num_ids}, the ids of a frame")
+            raise ValueError(f"num_multi_token_pred={self.num_multi_token_pred} must be in 1..{self.num_ids}, "
+                             "the ids of a frame")
 
     @property
     def scale_list(self):
@@ -96,7 +97,8 @@ class GazeConfig:
                 rope_high_freq_factor=rope["high_freq_factor"],
                 rope_original_length=rope["original_max_position_embeddings"],
                 gazing_ratio=d["gazing_ratio_config"]["fixed"]["gazing_ratio"],
-                task_loss_requirement=d["task_loss_requirement_config"]["fixed"]["task_loss_requirement"] if needs else None,
+                task_loss_requirement=(
+                    d["task_loss_requirement_config"]["fixed"]["task_loss_requirement"] if needs else None),
                 reference_decoding=d.get("reference_decoding", True), reference_file=d)
         except KeyError as e:
             raise ValueError(f"{path}: not the config of a gaze model, key {e} is missing") from None
@@ -108,17 +110,18 @@ class GazeConfig:
         g = d.setdefault("gaze_model_config", {})
         g.update(input_img_size=self.image_size, num_vision_tokens_each_frame=self.num_ids)
         g.setdefault("vision_model_config", {}).update(
-            hidden_dim=self.hidden_size, out_dim=self.hidden_size, depth=self.num_conv_blocks, kernel_size=self.patch_size,
-            temporal_patch_size=1, trunk_temporal_kernel_size=3, trunk_spatial_kernel_size=3)
+            hidden_dim=self.hidden_size, out_dim=self.hidden_size, depth=self.num_conv_blocks,
+            kernel_size=self.patch_size, temporal_patch_size=1, trunk_temporal_kernel_size=3,
+            trunk_spatial_kernel_size=3)
         g.setdefault("connector_config", {}).update(hidden_dim=self.hidden_size, num_tokens=self.ids_per_scale[-1])
         g.setdefault("gaze_decoder_config", {}).update(
             model_type="llama", hidden_size=self.hidden_size, num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads, num_key_value_heads=self.num_heads, head_dim=self.hidden_size // self.num_heads,
-            intermediate_size=self.intermediate_size, hidden_act="silu", attention_bias=False, mlp_bias=False,
-            attention_dropout=0.0, vocab_size=self.num_ids + 1, eos_token_id=self.num_ids, bos_token_id=None,
-            max_position_embeddings=131072, num_multi_token_pred=self.num_multi_token_pred, rms_norm_eps=self.rms_norm_eps,
-            initializer_range=self.initializer_range,
-            rope_theta=self.rope_theta, tie_word_embeddings=False,
+            num_attention_heads=self.num_heads, num_key_value_heads=self.num_heads,
+            head_dim=self.hidden_size // self.num_heads, intermediate_size=self.intermediate_size, hidden_act="silu",
+            attention_bias=False, mlp_bias=False, attention_dropout=0.0, vocab_size=self.num_ids + 1,
+            eos_token_id=self.num_ids, bos_token_id=None, max_position_embeddings=131072,
+            num_multi_token_pred=self.num_multi_token_pred, rms_norm_eps=self.rms_norm_eps,
+            initializer_range=self.initializer_range, rope_theta=self.rope_theta, tie_word_embeddings=False,
             rope_scaling=dict(rope_type="llama3", factor=self.rope_factor, low_freq_factor=self.rope_low_freq_factor,
                               high_freq_factor=self.rope_high_freq_factor,
                               original_max_position_embeddings=self.rope_original_length))
@@ -129,8 +132,9 @@ class GazeConfig:
         d.setdefault("gazing_ratio_each_frame_config", dict(
             sample_strategy_during_training="uniform", sample_strategy_during_inference="uniform", uniform={}))
         d.setdefault("has_task_loss_requirement_during_training", False)
-        d.update(architectures=["AutoGaze"], model_type="autogaze", scales=self.scales, max_num_frames=self.max_num_frames,
-                 num_vision_tokens_each_frame=self.num_ids, reference_decoding=self.reference_decoding,
+        d.update(architectures=["AutoGaze"], model_type="autogaze", scales=self.scales,
+                 max_num_frames=self.max_num_frames, num_vision_tokens_each_frame=self.num_ids,
+                 reference_decoding=self.reference_decoding,
                  has_task_loss_requirement_during_inference=self.task_loss_requirement is not None)
         Path(path).write_text(json.dumps(d, indent=2) + "\n")
 
@@ -183,7 +187,8 @@ def rope_frequencies(c):
     dim = c.hidden_size // c.num_heads
     freq = 1.0 / c.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     wavelength = 2 * math.pi / freq
-    blend = (c.rope_original_length / wavelength - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+    low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
+    blend = (c.rope_original_length / wavelength - low) / (high - low)
     blend = blend.clamp(0, 1)  # 1: short wavelength, kept; 0: long, slowed down by the factor
     return blend * freq + (1 - blend) * freq / c.rope_factor
 
@@ -208,7 +213,8 @@ class Layer(nn.Module):
         super().__init__()
         d, m = c.hidden_size, c.intermediate_size
         self.num_heads = c.num_heads
-        self.self_attn = nn.ModuleDict({n: nn.Linear(d, d, bias=False) for n in ("q_proj", "k_proj", "v_proj", "o_proj")})
+        self.self_attn = nn.ModuleDict({
+            n: nn.Linear(d, d, bias=False) for n in ("q_proj", "k_proj", "v_proj", "o_proj")})
         self.mlp = nn.ModuleDict(dict(gate_proj=nn.Linear(d, m, bias=False), up_proj=nn.Linear(d, m, bias=False),
                                       down_proj=nn.Linear(m, d, bias=False)))
         self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
@@ -218,7 +224,8 @@ class Layer(nn.Module):
         """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them."""
         attn, mlp = self.self_attn, self.mlp
         y = self.input_layernorm(x)
-        q, k, v = (rearrange(attn[n](y), "b l (h d) -> b h l d", h=self.num_heads) for n in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (rearrange(attn[n](y), "b l (h d) -> b h l d", h=self.num_heads)
+                   for n in ("q_proj", "k_proj", "v_proj"))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if remember is not None:
             k, v = remember(k, v)
@@ -275,7 +282,7 @@ def published_name(name):
 
 
 class Gaze(nn.Module):
-    """Encoder, decoder and two multi-token heads (paper, section 3.2). Inputs are pixels normalised by data.normalize."""
+    """Encoder, decoder and two multi-token heads (paper, section 3.2). Pixels come normalised by data.normalize."""
 
     def __init__(self, config):
         super().__init__()
@@ -322,7 +329,7 @@ class Gaze(nn.Module):
         return gaze.requires_grad_(True)
 
     def save_pretrained(self, folder):
-        """Write config.json + model.safetensors, readable by the published code. Each file appears whole or not at all."""
+        """Write config.json + model.safetensors, readable by the published code. A file appears whole or not at all."""
         from safetensors.torch import save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -335,7 +342,7 @@ class Gaze(nn.Module):
     # ---- scoring given gazes
 
     def embed(self, video, past=None):
-        """video (B, T, 3, R', R') of any square size -> vision tokens (B, T, P, D) and the encoder's past (streaming)."""
+        """video (B, T, 3, R', R') of any square size -> vision tokens (B, T, P, D) and encoder's past (streaming)."""
         R = self.config.image_size
         if video.shape[-2:] != (R, R):
             B = video.shape[0]
@@ -394,25 +401,26 @@ class Gaze(nn.Module):
 
     # ---- choosing gazes
 
-    def generate(self, video, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None, generator=None,
-                 num_copies=1):
+    def generate(self, video, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None,
+                 generator=None, num_copies=1):
         """Choose patches for whole clips.
 
         video: (B, T, 3, R', R') normalised pixels. gazing_ratio: share of the V patches each frame may take, a float, a
-        list of T, or (B, T); at least one patch per frame. task_loss_requirement: a frame is finished when its predicted
-        loss falls to this value, a float or (B, T). Ratio only: no early stop. Requirement only: any number of patches.
-        Neither: the config's settings. temperature 0 takes the best patch, else samples. reference: decode as the
-        published code does (default: the config's reference_decoding). num_copies: G rollouts of each clip, copy-major
-        (values given per clip then have G·B rows).
+        list of T, or (B, T); at least one patch per frame. task_loss_requirement: a frame is finished when its
+        predicted loss falls to this value, a float or (B, T). Ratio only: no early stop. Requirement only: any number
+        of patches. Neither: the config's settings. temperature 0 takes the best patch, else samples. reference: decode
+        as the published code does (default: the config's reference_decoding). num_copies: G rollouts of each clip,
+        copy-major (values given per clip then have G·B rows).
         Returns the gaze dict of the module's docstring plus gazing_mask, a list of S tensors (G·B, T, V_s) of 0/1.
         """
         B, T = video.shape[:2]
         for name, value in (("gazing_ratio", gazing_ratio), ("task_loss_requirement", task_loss_requirement)):
             if value is not None and torch.as_tensor(value).dim() > 0 and torch.as_tensor(value).shape[-1] != T:
                 raise ValueError(f"{name} has values for {torch.as_tensor(value).shape[-1]} frames, the video has {T}")
-        stream = GazeStream(self, B * num_copies, gazing_ratio, task_loss_requirement, temperature, reference, generator)
+        stream = GazeStream(self, B * num_copies, gazing_ratio, task_loss_requirement, temperature, reference,
+                            generator)
         if stream.reference and B * num_copies > 1 and (stream.requirement is not None or stream.ratio_per_clip):
-            # published decoding lets clips that stop at different slots disturb each other; one at a time is what it means
+            # in published decoding clips that stop at different slots disturb each other; it means them one at a time
             rows = [stream.for_row(i).run(self.embed(video[i % B:i % B + 1])[0]) for i in range(B * num_copies)]
             return self.merge(rows)
         with torch.no_grad():
@@ -551,7 +559,7 @@ class GazeStream:
             self.cache = cache
 
     def feed(self, x, keep, positions=None):
-        """Append tokens x (B, q, D) to the cache; keep (B, q) or None marks the real ones. Returns hidden states (B, q, D)."""
+        """Append tokens x (B, q, D) to the cache; keep (B, q) | None marks the real ones. Returns hidden (B, q, D)."""
         q = x.shape[1]
         went = None
         if keep is not None and bool(keep.all()):
@@ -560,7 +568,8 @@ class GazeStream:
             order, went = pack_front(keep)
             x = take(x, order)
         uniform = isinstance(self.length, int)
-        index = torch.arange(q, device=self.device) + (self.length if uniform else self.length.unsqueeze(1))  # (q,) | (B, q)
+        start = self.length if uniform else self.length.unsqueeze(1)
+        index = torch.arange(q, device=self.device) + start  # (q,) | (B, q)
         total = self.longest + q
         self.reserve(total)
         # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later
@@ -590,7 +599,7 @@ class GazeStream:
         model, V, K, B = self.model, self.c.num_ids, self.c.num_multi_token_pred, self.B
         P = vision.shape[1]
         x, keep = vision, None
-        if self.pending is not None:  # the last block of the frame before enters together with this frame's vision tokens
+        if self.pending is not None:  # the last block of the frame before enters with this frame's vision tokens
             ids, padded = self.pending
             x = torch.cat([model.decoder.embed_tokens(ids), vision], dim=1)
             keep = F.pad(~padded, (0, P), value=True)
@@ -626,7 +635,8 @@ class GazeStream:
                 break
             positions = None
             if self.reference:  # the published code decodes every block at the positions of the last K vision tokens
-                positions = torch.arange(-K, 0, device=self.device) + (seen if isinstance(seen, int) else seen.unsqueeze(1))
+                start = seen if isinstance(seen, int) else seen.unsqueeze(1)
+                positions = torch.arange(-K, 0, device=self.device) + start
             h = self.feed(model.decoder.embed_tokens(ids), ~padded if may_stop else None, positions)[:, -1]
         self.pending = ids, padded
         self.frame += 1
@@ -640,7 +650,7 @@ class GazeStream:
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits / self.temperature
-        if self.reference and logits.shape[-1] > 50:  # the published code samples through its library's default top-50 filter
+        if self.reference and logits.shape[-1] > 50:  # the published code samples through its library's top-50 filter
             logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], float("-inf"))
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
 

@@ -4,7 +4,8 @@
     python pipeline.py config/toy.py --videos=my/videos --out=out/mine # the same on windows cut from your own videos
 
 Runs the commands below as you would type them, prints each, and stops at the first that fails. Stages that are done
-(their result exists and was made by the same command) are skipped, so an interrupted run goes on. Processes get one core each.
+(their result exists and was made by the same command) are skipped, so an interrupted run goes on. Processes get one
+core each.
 """
 import json
 import os
@@ -39,7 +40,8 @@ def main():
     out, python, seconds = Path(cfg.out), sys.executable, {}
     out.mkdir(parents=True, exist_ok=True)
     data = out / "data"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore::UserWarning:torch"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+                        "PYTHONWARNINGS": "ignore::UserWarning:torch"}
 
     def stage(name, *commands):
         """Run commands side by side, unless the stage is marked as done by these very commands."""
@@ -54,7 +56,7 @@ def main():
         running = []
         try:
             for i, c in enumerate(commands):
-                log = None if i == 0 else open(out / f"{name}.{i}.log", "w")  # the first one talks, the others to a file
+                log = None if i == 0 else open(out / f"{name}.{i}.log", "w")  # the first one talks, others to a file
                 running.append(subprocess.Popen(c, env=env, stdout=log, stderr=log and subprocess.STDOUT))
             codes = [p.wait() for p in running]
         finally:
@@ -67,7 +69,8 @@ def main():
         marker.write_text(json.dumps({"commands": lines, "seconds": seconds[name]}) + "\n")
 
     def script(name, *args, n=1):
-        run = [python, "-u"] if n == 1 else [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        run = [python, "-u"] if n == 1 else torchrun
         return [*run, name, *args]
 
     n, root = cfg.n_processes, f"--root={data}"
@@ -78,10 +81,12 @@ def main():
     else:
         stage("data", script("make_data.py", "toy", f"--out={data}", f"--n_train={cfg.n_train}", f"--n_val={cfg.n_val}",
                              f"--n_frames={cfg.n_frames}", f"--seed={cfg.seed}", f"--n_workers={n}"))
-    stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *common, f"--out_dir={out}/videomae", n=n))
+    stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *common,
+                             f"--out_dir={out}/videomae", n=n))
     stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}",
                            f"--max_clips={cfg.label_clips}", n=n))
-    ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}", f"--out_dir={out}/ntp", n=n)
+    ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}",
+                 f"--out_dir={out}/ntp", n=n)
     stage("ntp", ntp)
     grpo = [f"{cfg.configs}_grpo.py", *common, mae]
     # both at once, one core each: from the NTP model, and from scratch to see what NTP is worth
@@ -89,8 +94,9 @@ def main():
           script("train_grpo.py", *grpo, "--init_from=scratch", f"--out_dir={out}/rl_only"))
     ratios = ",".join(filter(None, [str(cfg.ratio), cfg.other_ratios]))
     models = ",".join(f"{m}={out}/{m}" for m in ("rl_only", "ntp", "grpo"))
-    stage("eval", script("eval.py", *common, mae, f"--models={models}", f"--out_dir={out}/eval", f"--n_frames={cfg.n_frames}",
-                         f"--alpha={cfg.alpha}", f"--ratios={ratios}", "--greedy_clips=32"))
+    stage("eval", script("eval.py", *common, mae, f"--models={models}", f"--out_dir={out}/eval",
+                         f"--n_frames={cfg.n_frames}", f"--alpha={cfg.alpha}", f"--ratios={ratios}",
+                         "--greedy_clips=32"))
 
     result = json.loads((out / "eval" / "eval.json").read_text())
     ratio, table = next(iter(result["results"].items()))
@@ -103,11 +109,13 @@ def main():
         predicted = f"{row['predicted']:>11.4f}" if "predicted" in row else ""
         print(f"{name:<12}{row['loss']:>8.4f}{closed[name]:>10.0f} %{predicted}")
     report = {"loss": {k: v["loss"] for k, v in table.items()}, "ratio": sum(budgets) / len(budgets) / sum_ids(out),
-              "gap_closed": closed, "seconds": seconds, "seed": cfg.seed, "clips": result["clips"], "commit": result["commit"]}
+              "gap_closed": closed, "seconds": seconds, "seed": cfg.seed, "clips": result["clips"],
+              "commit": result["commit"]}
     tmp = out / "report.json.tmp"
     tmp.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(tmp, out / "report.json")
-    print("\nseconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f"; {sum(seconds.values()):.0f} in all")
+    print("\nseconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+          + f"; {sum(seconds.values()):.0f} in all")
     print("\npictures:")
     for path in sorted([*out.glob("*/*.png")]):
         print(f"  {path}")

@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 train_grpo.py config/grpo.py --init_from=out/ntp --root=a,b,c
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_grpo.py config/grpo.py
 
-Per step: G rollouts of each clip; reward of a reconstructed frame = minus its loss; advantage = reward minus the group's
-mean. Strictly on-policy, so there is no ratio clipping, no reference model and no KL term, and the advantage is divided
-neither by the group's spread nor by length (paper, section 3.4). Writes out_dir/{config.json, model.safetensors}.
+Per step: G rollouts of each clip; reward of a reconstructed frame = minus its loss; advantage = reward minus the
+group's mean. Strictly on-policy, so there is no ratio clipping, no reference model and no KL term, and the advantage is
+divided neither by the group's spread nor by length (paper, section 3.4). Writes out_dir/{config.json,
+model.safetensors}.
 """
 import contextlib
 import math
@@ -42,7 +43,7 @@ class Config:
     cache: bool = False                # keep all decoded clips in memory: for sets that fit
     n_workers: int = 4                 # decoding processes; 0: decode in the training process
     # model
-    init_from: str = "out/ntp"         # folder or hub id of a gaze model | resume | scratch (then the sizes below count)
+    init_from: str = "out/ntp"         # folder or hub id of a gaze model | resume | scratch (then the sizes below)
     scales: str = "32+64+112+224"
     patch_size: int = 16
     hidden_size: int = 192
@@ -58,7 +59,7 @@ class Config:
     ratio_min: float = 0.02            # uniform and exponential
     ratio_max: float = 0.2
     ratio_rate: float = 10.0           # exponential
-    split: Literal["uniform", "mean", "dirichlet", "self"] = "self"  # over frames; self: as many as the model itself takes to
+    split: Literal["uniform", "mean", "dirichlet", "self"] = "self"  # over frames; self: as many as the model takes to
     #                                    meet the requirement in one rollout, clip by clip (published)
     alpha: str = "10,3"                # mean and dirichlet; the last value is repeated
     requirement: Literal["fixed", "uniform"] = "uniform"  # loss to reach, for split = self (published: uniform 0.5-1)
@@ -68,15 +69,15 @@ class Config:
     temperature: float = 1.0           # of sampling at the first step
     temperature_end: float = 1.0       # at the last; exponential in between (paper: 0.01)
     # GRPO
-    policy: Literal["sampling", "reference"] = "sampling"  # whose log-probability is trained: the distribution sampled from,
+    policy: Literal["sampling", "reference"] = "sampling"  # whose log-probability is trained: the one sampled from,
     #                                    or the plain softmax at temperature 1 without the mask of repeats (published)
-    recon_sample_rate: float = 0.125   # share of the frames that give a reward, drawn at random each step (published: 2 of 16)
+    recon_sample_rate: float = 0.125   # share of the frames that give a reward, random each step (published: 2 of 16)
     gamma: float = 0.995               # discount per gaze between a patch and the end of the rewarded frame (published)
     task_loss_weight: float = 1.0      # of the loss-prediction error
     # optimisation
     epochs: float = 1.0                # passes over the training clips (published script; the paper says 3)
     batch_size: int = 64               # clips per step over all processes (published script; the paper says 256)
-    micro_batch: int = 2               # most clips at once in one process, group_size copies of each; 0: all of its share
+    micro_batch: int = 2               # most clips at once in one process, group_size copies of each; 0: all its share
     optimizer: Literal["adam", "sgd"] = "sgd"  # published: plain SGD without momentum
     lr: float = 5e-4                   # published
     lr_end: float = 0.0
@@ -85,7 +86,7 @@ class Config:
     # validation
     val_ratio: float = 0.1             # gazing ratio
     val_split: Literal["uniform", "mean"] = "mean"
-    val_requirement: float | None = None  # stop a frame early at this predicted loss (published: 0.7, with val_ratio 0.75)
+    val_requirement: float | None = None  # stop a frame at this predicted loss (published: 0.7, with val_ratio 0.75)
     val_clips: int = 256               # clips of the validation set that are used
     val_every: int = 1000              # steps (published)
     # run
@@ -97,10 +98,11 @@ class Config:
 
     def check(self):
         if self.group_size < 2:
-            raise ValueError("group_size must be at least 2: a rollout is compared with its group, alone it teaches nothing")
+            raise ValueError("group_size must be at least 2: a rollout is compared with its group, "
+                             "alone it teaches nothing")
         if int(self.recon_sample_rate * self.n_frames) < 1 or self.recon_sample_rate > 1:
-            raise ValueError(f"recon_sample_rate={self.recon_sample_rate} of {self.n_frames} frames leaves none for the reward: "
-                             f"use 1/{self.n_frames} to 1")
+            raise ValueError(f"recon_sample_rate={self.recon_sample_rate} of {self.n_frames} frames leaves none for "
+                             f"the reward: use 1/{self.n_frames} to 1")
         for name in ("ratio", "val_ratio", "ratio_min", "ratio_max"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1]")
@@ -140,7 +142,8 @@ def roll_out(gaze, video, cfg, step, temperature):
     shared = common.shared_generator(cfg.seed, step)
     ratio = common.draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, shared)
     if cfg.split == "self":
-        need = common.draw_ratio(cfg.requirement, cfg.task_loss_requirement, cfg.requirement_min, cfg.requirement_max, 0, shared)
+        need = common.draw_ratio(
+            cfg.requirement, cfg.task_loss_requirement, cfg.requirement_min, cfg.requirement_max, 0, shared)
         own = gaze.generate(video, gazing_ratio=ratio, task_loss_requirement=need, temperature=temperature)
         ratios = torch.stack([(~p).sum(1) for _, p in model.split_frames(own)], dim=1) / V  # (B, T)
         ratios = ratios.repeat(cfg.group_size, 1)
@@ -171,7 +174,8 @@ def main():
     gaze.config.reference_decoding = False  # the policy that samples must be the one that is trained
     gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
     gaze.to(device)
-    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights).to(device).freeze()
+    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights)
+    mae.to(device).freeze()
     if mae.config.scales != gaze.config.scales or mae.config.patch_size != gaze.config.patch_size:
         raise ValueError(f"{cfg.videomae} reconstructs from scales {mae.config.scales}, patch {mae.config.patch_size}; "
                          f"the gaze model has {gaze.config.scales}, patch {gaze.config.patch_size}")
@@ -198,7 +202,8 @@ def main():
         f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters; "
         f"reconstructor {common.count_parameters(mae) / 1e6:.2f} M, frozen",
         f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes, "
-        f"{cfg.group_size} rollouts each, {n_recon} rewarded frames; {cfg.epochs:g} epochs of {len(train)} clips = {total} steps",
+        f"{cfg.group_size} rollouts each, {n_recon} rewarded frames; "
+        f"{cfg.epochs:g} epochs of {len(train)} clips = {total} steps",
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if start else "")])
 
@@ -213,7 +218,8 @@ def main():
                           title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         if (step % cfg.save_every == 0 or step == total) and rank == 0:
             gaze.save_pretrained(out)
-            common.save_state(out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict()})
+            common.save_state(
+                out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict()})
         if step == total:
             break
         common.seed_step(cfg.seed, step, rank, world)
@@ -221,7 +227,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         temperature = common.exponential(step, total, cfg.temperature, cfg.temperature_end)
-        frames = torch.randperm(cfg.n_frames, generator=common.shared_generator(cfg.seed, step))[:n_recon].sort().values.tolist()
+        frames = torch.randperm(cfg.n_frames, generator=common.shared_generator(cfg.seed, step))
+        frames = frames[:n_recon].sort().values.tolist()
         stats, per_scale, seconds, keys = torch.zeros(8), torch.zeros(len(gaze.config.ids_per_scale)), [0.0] * 3, []
         for i in range(sampler.n_micro):
             batch = next(loader)
@@ -256,8 +263,10 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.log_every == 0:
-            *means, n_bad = common.all_sum(*(x / world for x in [*stats.tolist(), *per_scale.tolist()]), len(unreadable))
-            names = ("reward", "reward_spread", "no_spread", "entropy", "gazes_per_frame", "predicted", "measured", "task_error")
+            *means, n_bad = common.all_sum(
+                *(x / world for x in [*stats.tolist(), *per_scale.tolist()]), len(unreadable))
+            names = ("reward", "reward_spread", "no_spread", "entropy", "gazes_per_frame", "predicted",
+                     "measured", "task_error")
             log.write(step + 1, total, step + 1 - start, **dict(zip(names, means, strict=False)),
                       per_scale=[round(x, 3) for x in means[len(names):]], temperature=temperature, lr=lr,
                       rollout_s=seconds[0], reward_s=seconds[1], update_s=seconds[2],

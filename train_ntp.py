@@ -116,14 +116,15 @@ def mirror(video, gazing, config):
 
 @torch.no_grad()
 def label_loss(gaze, loader, device):
-    """Validation NTP loss per slot, loss-prediction error, and how often the first gaze of a clip is the labelled one."""
+    """Validation NTP loss per slot, loss-prediction error, how often the first gaze of a clip is the labelled one."""
     sums = [0.0] * 5
     for batch in loader:
         video, gazing = to_device(batch, gaze.config.num_ids, device)
         nll, error = ntp_loss(*gaze(video, gazing), gazing, 1.0)
         first = gaze.generate(video[:, :1], gazing_ratio=1e-9)["gazing_pos"][:, 0]  # one gaze
-        sums = [a + b for a, b in zip(sums, [nll.item(), error.item(), (~gazing["if_padded_gazing"]).sum().item(),
-                                             (first == gazing["gazing_pos"][:, 0]).sum().item(), len(video)], strict=True)]
+        new = [nll.item(), error.item(), (~gazing["if_padded_gazing"]).sum().item(),
+               (first == gazing["gazing_pos"][:, 0]).sum().item(), len(video)]
+        sums = [a + b for a, b in zip(sums, new, strict=True)]
     nll, error, n_real, hits, count = common.all_sum(*sums)
     return {"val_ntp": nll / n_real, "val_task_error": error / n_real, "val_first_accuracy": hits / count}
 
@@ -187,11 +188,13 @@ def main():
             metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, None, device)
             log.write(step, total, step - start, **label_loss(gaze, val_loader, device), **metrics)
             if rank == 0:
-                viz.sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2] if mae is None else picture[2][0],
+                viz.sheet(out / "val.png", *picture[:2], gaze.config,
+                          reconstruction=picture[2] if mae is None else picture[2][0],
                           title=f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         if (step % cfg.save_every == 0 or step == total) and rank == 0:
             gaze.save_pretrained(out)
-            common.save_state(out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict()})
+            common.save_state(
+                out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict()})
         if step == total:
             break
         common.seed_step(cfg.seed, step, rank, world)
@@ -210,7 +213,7 @@ def main():
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # gradients travel once per step
                 with autocast:
                     nll, error = ntp_loss(*ddp(video, gazing), gazing, n_real)
-                ((nll + cfg.task_loss_weight * error) * world).backward()  # DDP takes the mean over ranks, we want the sum
+                ((nll + cfg.task_loss_weight * error) * world).backward()  # DDP averages over ranks, we want the sum
             sums = [sums[0] + nll.item(), sums[1] + error.item()]
         common.check_finite(sum(sums), step, [k for b in batches for k in b["key"]])
         optimizer.step()
@@ -218,7 +221,8 @@ def main():
         if (step + 1) % cfg.log_every == 0:
             nll, error, n_bad = common.all_sum(*sums, len(unreadable))
             log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr,
-                      epoch=(step + 1) * cfg.batch_size / len(train), ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
+                      epoch=(step + 1) * cfg.batch_size / len(train),
+                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
             t0 = time.time()
     common.finish()
 

@@ -1,12 +1,13 @@
-"""Train the reconstructor: a masked autoencoder on videos that sees random multi-scale gazes and paints whole frames.
+r"""Train the reconstructor: a masked autoencoder on videos that sees random multi-scale gazes and paints whole frames.
 
     python train_videomae.py config/toy_videomae.py                                  # 2 CPU cores, about two minutes
     python train_videomae.py config/videomae.py --root=data/mine                     # one GPU, published ViT-L
     torchrun --nproc_per_node=8 train_videomae.py config/videomae.py --root=a,b,c
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_videomae.py config/videomae.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+        train_videomae.py config/videomae.py
 
-Ratio and split over frames are drawn as for the labels (label.py), one draw per step, the same on all ranks. The loss is
-the mean absolute error of a few randomly chosen frames. Writes out_dir/{config.json, model.safetensors}.
+Ratio and split over frames are drawn as for the labels (label.py), one draw per step, the same on all ranks. The loss
+is the mean absolute error of a few randomly chosen frames. Writes out_dir/{config.json, model.safetensors}.
 """
 import contextlib
 import sys
@@ -139,8 +140,8 @@ def main():
     # ---- optimizer
     decay = [p for p in mae.parameters() if p.requires_grad and p.dim() > 1]
     rest = [p for p in mae.parameters() if p.requires_grad and p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=cfg.lr, betas=(0.9, cfg.beta2))
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
+                                   {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, cfg.beta2))
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
     ddp = DistributedDataParallel(mae) if world > 1 else mae
@@ -164,7 +165,8 @@ def main():
                 viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],
                           title=f"step {step}: loss {val_loss:.3f}")
                 mae.save_pretrained(out)
-                common.save_state(out / "last.pt", {"step": step, "model": mae.state_dict(), "optimizer": optimizer.state_dict()})
+                common.save_state(
+                    out / "last.pt", {"step": step, "model": mae.state_dict(), "optimizer": optimizer.state_dict()})
             mae.train()
         if step == cfg.steps:
             break
@@ -194,8 +196,9 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.log_every == 0:
             loss, n_bad = common.all_sum(step_loss / world, len(unreadable))
-            log.write(step + 1, cfg.steps, step + 1 - start, loss=loss, lr=lr, grad_norm=grad_norm, gazes_per_clip=sum(budgets),
-                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
+            log.write(step + 1, cfg.steps, step + 1 - start, loss=loss, lr=lr, grad_norm=grad_norm,
+                      gazes_per_clip=sum(budgets), ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
+                      unreadable=int(n_bad))
             t0 = time.time()
     common.finish()
 

@@ -7,7 +7,8 @@ From the gazed patches alone it paints whole frames: frame t is reconstructed fr
 (paper, section 3.3 and appendix). `gazing` is the dict described in model.py; video is normalised by data.normalize.
 Module and parameter names follow Hugging Face's ViTMAE, so that published files load without a renaming table.
 
-Dimension key: B clips, T frames, F frames to reconstruct, S scales, V patch ids per frame, N gaze slots, L tokens, D width.
+Dimension key: B clips, T frames, F frames to reconstruct, S scales, V patch ids per frame, N gaze slots, L tokens,
+D width.
 """
 import json
 import os
@@ -22,7 +23,7 @@ from einops import rearrange
 
 @dataclass
 class VideoMAEConfig:
-    """Field names of Hugging Face's ViTMAEConfig plus scales and max_num_frames. The defaults are the published ViT-L."""
+    """Field names of Hugging Face's ViTMAEConfig plus scales and max_num_frames. Defaults: the published ViT-L."""
     scales: str = "32+64+112+224"
     max_num_frames: int = 256
     image_size: int = 224
@@ -71,7 +72,8 @@ class Block(nn.Module):
             return nn.ModuleDict({"dense": nn.Linear(i, o)})
         self.num_heads = num_heads
         self.attention = nn.ModuleDict({
-            "attention": nn.ModuleDict({n: nn.Linear(dim, dim) for n in ("query", "key", "value")}), "output": linear(dim, dim)})
+            "attention": nn.ModuleDict({n: nn.Linear(dim, dim) for n in ("query", "key", "value")}),
+            "output": linear(dim, dim)})
         self.intermediate, self.output = linear(dim, mlp), linear(mlp, dim)
         self.layernorm_before, self.layernorm_after = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
 
@@ -111,7 +113,7 @@ def block_causal_attention(q, k, v, ends, keep=None):
 
 
 def sincos_positions(dim, side):
-    """(1 + side², dim) fixed positions: zeros for CLS; the column in the first half, the row in the second, sin then cos."""
+    """(1 + side², dim) fixed positions: zeros for CLS; column in the first half, row in the second, sin then cos."""
     freq = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     halves = [torch.cat([torch.sin(a), torch.cos(a)], dim=1) for a in (x.reshape(-1, 1) * freq for x in (col, row))]
@@ -226,14 +228,14 @@ class VideoMAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, config=None, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None):
-        """Load a folder (config.json + weights) or a state-dict file (.pt, .safetensors; config=None: the published ViT-L)."""
+        """Load a folder (config.json + weights) or state dict (.pt, .safetensors; config=None: the published ViT-L)."""
         path = Path(path)
         if path.is_dir():
             config = config or VideoMAEConfig.from_file(path / "config.json")
             path = path / "model.safetensors"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no VideoMAE weights there (expected a folder written by train_videomae.py, "
-                                    "or a state-dict file)")
+            raise FileNotFoundError(f"{path}: no VideoMAE weights there "
+                                    "(expected a folder written by train_videomae.py, or a state-dict file)")
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             tensors = load_file(path)
@@ -262,8 +264,10 @@ class VideoMAE(nn.Module):
         from safetensors.torch import save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: p.detach().cpu().contiguous() for n, p in self.state_dict().items()}, folder / "model.safetensors.tmp")
-        (folder / "config.json.tmp").write_text(json.dumps(asdict(self.config) | {"model_type": "vit_mae"}, indent=2) + "\n")
+        weights = {n: p.detach().cpu().contiguous() for n, p in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors.tmp")
+        config = asdict(self.config) | {"model_type": "vit_mae"}
+        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
         for name in ("config.json", "model.safetensors"):
             os.replace(folder / (name + ".tmp"), folder / name)
 
@@ -295,7 +299,7 @@ class VideoMAE(nn.Module):
         padded = gazing["if_padded_gazing"][:, :N]
         rows, B = len(padded), len(video)
         assert rows % B == 0
-        pos = gazing["gazing_pos"][:, :N].masked_fill(padded, 0)  # padded slots take any token; the caller's tensor stays
+        pos = gazing["gazing_pos"][:, :N].masked_fill(padded, 0)  # padded: any token; the caller's tensor stays
         keep = F.pad(~padded, (1, 0), value=True) if padded.any() else None
 
         # encoder: CLS and the gazed tokens, block-causal over frames
@@ -311,7 +315,7 @@ class VideoMAE(nn.Module):
         return self.decode(x, pos, padded, n, frames)
 
     def decode(self, x, pos, padded, n, frames):
-        """x (rows, 1 + N, D) encoded CLS and gazes -> pixels of `frames`. Those frames get all V tokens, others their gazes."""
+        """x (rows, 1 + N, D) encoded CLS, gazes -> pixels of `frames`. These get all V tokens, others their gazes."""
         d, V = self.decoder, sum(self.config.ids_per_scale)
         rows, P = len(x), self.config.ids_per_scale[-1]
         seen, grid = d.decoder_embed(x[:, 1:]), d.grid_positions()
@@ -353,7 +357,8 @@ class ReconstructionLoss(nn.Module):
         self.terms = loss_type.split("+")
         self.weights = [float(w) for w in loss_weights.split("+")]
         if len(self.terms) != len(self.weights):
-            raise ValueError(f"loss_type={loss_type!r} and loss_weights={loss_weights!r} name different numbers of terms")
+            raise ValueError(
+                f"loss_type={loss_type!r} and loss_weights={loss_weights!r} name different numbers of terms")
         for term in self.terms:
             if term != "l1":
                 raise ValueError(f"loss_type={loss_type!r}: unknown term {term!r}, known: l1")

@@ -1,4 +1,4 @@
-"""Pictures: which patches were gazed, frame by frame and scale by scale. Frames stay as they are; only gazes are drawn."""
+"""Pictures: which patches were gazed, frame by frame and scale by scale. Only gazes are drawn; frames stay as is."""
 from pathlib import Path
 
 import matplotlib
@@ -39,7 +39,7 @@ def gazed_boxes(gazing, config, row=0):
 
 
 def gazed_pixels(frame, boxes, config):
-    """What the encoder is given of one frame (3, R, R): gazed patches at the resolution of their scale, the rest grey."""
+    """What the encoder is given of one frame (3, R, R): gazed patches as their scale resolves them, the rest grey."""
     R = config.scale_list[-1]
     out = np.full((R, R, 3), 0.25, dtype=np.float32)
     for s in sorted({b[0] for b in boxes}):  # fine patches cover coarse ones

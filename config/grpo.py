@@ -1,4 +1,4 @@
-# GRPO with the settings of the published training script. Its 2 clips per process stop on an assertion there; here they run.
+# GRPO with the settings of the published training script. Its 2 clips per process stop on an assertion there, not here.
 n_frames = 16
 init_from = "out/ntp"
 group_size = 12

@@ -311,9 +311,12 @@ def test_train_ntp(stages, toy):
     rows = metrics(stages / "ntp")
     steps = [r for r in rows.values() if "ntp" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
-    assert steps[-1]["ntp"] < steps[0]["ntp"] < 1.2 * math.log(V + 1)
+    assert steps[0]["ntp"] < 1.2 * math.log(V + 1)
+    # three steps see every clip twice; single steps see different clips, so their losses do not compare
+    assert sum(r["ntp"] for r in steps[3:]) < sum(r["ntp"] for r in steps[:3])
     validations = [r for r in rows.values() if "val_ntp" in r]
     assert [r["step"] for r in validations] == [0, 3, 6]
+    assert validations[2]["val_ntp"] < validations[1]["val_ntp"] < validations[0]["val_ntp"]
     assert all({"val_loss", "val_predicted", "val_first_accuracy"} <= r.keys() for r in validations)
     gaze = Gaze.from_pretrained(stages / "ntp")
     assert not gaze.config.reference_decoding and gaze.config.gazing_ratio == 0.1
