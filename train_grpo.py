@@ -76,6 +76,7 @@ class Config:
     task_loss_weight: float = 1.0      # of the loss-prediction error
     # optimisation
     epochs: float = 1.0                # passes over the training clips (published script; the paper says 3)
+    steps: int | None = None           # optimizer steps, in place of epochs
     batch_size: int = 64               # clips per step over all processes (published script; the paper says 256)
     micro_batch: int = 2               # most clips at once in one process, group_size copies of each; 0: all its share
     optimizer: Literal["adam", "sgd"] = "sgd"  # published: plain SGD without momentum
@@ -184,7 +185,7 @@ def main():
     R = gaze.config.image_size
     args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
     train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
-    total = math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
     loader = iter(common.make_loader(train, sampler, cfg.n_workers, collate, cfg.seed + start))
     n_val = min(len(val), cfg.val_clips)
@@ -203,7 +204,7 @@ def main():
         f"reconstructor {common.count_parameters(mae) / 1e6:.2f} M, frozen",
         f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes, "
         f"{cfg.group_size} rollouts each, {n_recon} rewarded frames; "
-        f"{cfg.epochs:g} epochs of {len(train)} clips = {total} steps",
+        f"{total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if start else "")])
 

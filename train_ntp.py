@@ -52,6 +52,7 @@ class Config:
     init_from: str = "scratch"         # scratch | resume | folder or hub id of a gaze model
     # optimisation
     epochs: float = 150.0              # passes over the training clips (published)
+    steps: int | None = None           # optimizer steps, in place of epochs
     batch_size: int = 1024             # clips per step over all processes (published script; the paper says 256)
     micro_batch: int = 32              # most clips at once in one process (published); 0: all of its share
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -160,7 +161,7 @@ def main():
     R = gaze.config.image_size
     args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, labels=labels, cache=cfg.cache)
     train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
-    total = math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
     loader = iter(common.make_loader(train, sampler, cfg.n_workers, collate, cfg.seed + start))
     n_val = min(len(val), cfg.val_clips)
@@ -177,7 +178,7 @@ def main():
         f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters, "
         f"{common.count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
         f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes; "
-        f"{cfg.epochs:g} epochs of {len(train)} clips = {total} steps",
+        f"{total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if start else "")])
 
