@@ -26,6 +26,8 @@ class Config:
     n_train: int = 4000                # generated training clips
     n_val: int = 200                   # generated clips that are held out
     cut: str = "--n_frames=4 --stride=2"  # how to cut windows from `videos`
+    ntp_args: str = ""                 # more settings of this stage, as on its command line: "--steps=200 --lr=1e-3"
+    grpo_args: str = ""                # of both GRPO runs
     label_clips: int = 3000            # training clips that get labels
     ratio: float = 0.205               # gazing ratio at which the methods are compared
     other_ratios: str = "0.1,0.35"     # further points of the curve; empty: none
@@ -86,9 +88,9 @@ def main():
     stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}",
                            f"--max_clips={cfg.label_clips}", n=n))
     ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}",
-                 f"--out_dir={out}/ntp", n=n)
+                 f"--out_dir={out}/ntp", *cfg.ntp_args.split(), n=n)
     stage("ntp", ntp)
-    grpo = [f"{cfg.configs}_grpo.py", *common, mae]
+    grpo = [f"{cfg.configs}_grpo.py", *common, mae, *cfg.grpo_args.split()]
     # both at once, one core each: from the NTP model, and from scratch to see what NTP is worth
     stage("grpo", script("train_grpo.py", *grpo, f"--init_from={out}/ntp", f"--out_dir={out}/grpo"),
           script("train_grpo.py", *grpo, "--init_from=scratch", f"--out_dir={out}/rl_only"))
