@@ -153,7 +153,7 @@ def measure(cfg, mae, models, loader, ratio, device, with_greedy):
             out[name]["predicted_mae"] = (p - loss).abs().mean().item()
             correlation = (centred[0] * centred[1]).mean() / (p.std() * loss.std() + 1e-12)
             out[name]["predicted_correlation"] = correlation.item()
-            out[name]["scatter"] = [torch.stack([p, loss], -1).flatten(0, 1)[:2000].tolist()]
+            out[name]["scatter"] = torch.stack([p, loss], -1).flatten(0, 1)[:2000].tolist()
     return out, first, budgets
 
 
@@ -190,7 +190,7 @@ def plot(results, out):
     if models:
         fig, axes = viz.plt.subplots(1, len(models), figsize=(3.6 * len(models), 3.6), squeeze=False)
         for ax, name in zip(axes[0], models, strict=True):
-            x, y = zip(*table[name]["scatter"][0], strict=True)
+            x, y = zip(*table[name]["scatter"], strict=True)
             ax.scatter(x, y, s=4, alpha=0.3)
             low, high = min(*x, *y), max(*x, *y)
             ax.plot([low, high], [low, high], color="black", lw=0.8)
@@ -234,8 +234,10 @@ def main():
                   losses=loss[0].tolist(), title=f"{name}: loss {loss[0].mean():.3f}")
     plot(results, out)
     for table in results.values():
-        for row in table.values():
+        for name, row in table.items():
             row.pop("scatter", None)
+            if "greedy" in table:
+                row["gap_closed"] = gap_closed(table, name)
     (out / "eval.json").write_text(json.dumps(
         {"config": asdict(cfg), "commit": common.git_commit(), "clips": len(items), "unreadable": len(unreadable),
          "budgets": budgets, "seconds": time.time() - t0, "results": results}, indent=1) + "\n")

@@ -441,9 +441,8 @@ class Gaze(nn.Module):
 
     def merge(self, rows):
         """Gaze dicts of single clips -> one dict of the batch."""
-        frames = [[split_frames(row)[t] for row in rows] for t in range(len(rows[0]["num_gazing_each_frame"]))]
         out = []
-        for t, parts in enumerate(frames):
+        for t, parts in enumerate(zip(*(split_frames(row) for row in rows), strict=True)):
             n_t = max(ids.shape[1] for ids, _ in parts)
             ids = [F.pad(i, (0, n_t - i.shape[1]), value=self.config.num_ids * (t + 1)) for i, _ in parts]
             out.append((torch.cat(ids), torch.cat([F.pad(p, (0, n_t - p.shape[1]), value=True) for _, p in parts])))
