@@ -272,8 +272,10 @@ def take(x, index):  # rows of x (B, L, D) at index (B, M) -> (B, M, D)
 # Our module names against those in published files: prefixes, first match wins.
 PUBLISHED_NAMES = (("encoder.", "gazing_model.vision_model."), ("pos_embed", "gazing_model.connector.pos_embed"),
                    ("decoder.", "gazing_model.gaze_decoder.model."), ("", "gazing_model.gaze_decoder."))
-WEIGHTS_NOTICE = ("downloading {} from huggingface.co; the published AutoGaze weights are licensed for non-commercial "
-                  "research only (NVIDIA licence)")
+LICENCES = {"nvidia/AutoGaze": "NVIDIA licence, non-commercial research only",
+            "bfshi/VideoMAE_AutoGaze": "NVIDIA licence, non-commercial research only",
+            "facebook/vit-mae-large": "Apache-2.0", "facebook/dinov2-with-registers-base": "Apache-2.0",
+            "google/siglip2-base-patch16-224": "Apache-2.0"}
 
 
 def published_name(name):
@@ -303,28 +305,15 @@ class Gaze(nn.Module):
         """Load config.json + model.safetensors from a folder or a hub id. ValueError names tensors that do not fit."""
         folder = Path(folder)
         if not folder.exists():
-            folder = download(str(folder), ["config.json", "model.safetensors"])
+            folder = download(str(folder), ["model.safetensors"])
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
         from safetensors.torch import load_file
         with torch.device("meta"):  # no time spent on weights that the file replaces
             gaze = cls(GazeConfig.from_file(folder / "config.json"))
-        tensors = load_file(folder / "model.safetensors")
-        state, wrong = {}, []
-        for name, p in gaze.state_dict().items():
-            t = tensors.pop(published_name(name), None)
-            if t is None:
-                wrong.append(f"missing {published_name(name)}")
-            elif t.shape != p.shape:
-                wrong.append(f"{published_name(name)} is {tuple(t.shape)}, the config needs {tuple(p.shape)}")
-            else:
-                state[name] = t.float()
-        wrong += [f"unexpected {name}" for name in tensors]
-        if wrong:
-            raise ValueError(f"{folder}/model.safetensors does not fit its config.json: " + "; ".join(wrong[:8])
-                             + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
-        gaze.load_state_dict(state, assign=True)
+        file = folder / "model.safetensors"
+        assign(gaze, load_file(file), f"{file} and its config.json", published_name)
         gaze.decoder.frequencies = rope_frequencies(gaze.config)
         return gaze.requires_grad_(True)
 
@@ -402,7 +391,7 @@ class Gaze(nn.Module):
     # ---- choosing gazes
 
     def generate(self, video, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None,
-                 generator=None, num_copies=1):
+                 generator=None, num_copies=1, target_scales=None, target_patch_size=None):
         """Choose patches for whole clips.
 
         video: (B, T, 3, R', R') normalised pixels. gazing_ratio: share of the V patches each frame may take, a float, a
@@ -410,13 +399,19 @@ class Gaze(nn.Module):
         predicted loss falls to this value, a float or (B, T). Ratio only: no early stop. Requirement only: any number
         of patches. Neither: the config's settings. temperature 0 takes the best patch, else samples. reference: decode
         as the published code does (default: the config's reference_decoding). num_copies: G rollouts of each clip,
-        copy-major (values given per clip then have G·B rows).
+        copy-major (values given per clip then have G·B rows). target_scales, target_patch_size: choose patches for an
+        encoder with these, in tiles; see Tiling.
         Returns the gaze dict of the module's docstring plus gazing_mask, a list of S tensors (G·B, T, V_s) of 0/1.
         """
         B, T = video.shape[:2]
         for name, value in (("gazing_ratio", gazing_ratio), ("task_loss_requirement", task_loss_requirement)):
             if value is not None and torch.as_tensor(value).dim() > 0 and torch.as_tensor(value).shape[-1] != T:
                 raise ValueError(f"{name} has values for {torch.as_tensor(value).shape[-1]} frames, the video has {T}")
+        if target_scales is not None or target_patch_size is not None:
+            tiling = Tiling(self.config, target_scales, target_patch_size)
+            out = self.generate(tiling.cut(video), tiling.repeat(gazing_ratio), tiling.repeat(task_loss_requirement),
+                                temperature, reference, generator, num_copies)
+            return tiling.join(out["gazing_mask"])
         stream = GazeStream(self, B * num_copies, gazing_ratio, task_loss_requirement, temperature, reference,
                             generator)
         if stream.reference and B * num_copies > 1 and (stream.requirement is not None or stream.ratio_per_clip):
@@ -427,9 +422,15 @@ class Gaze(nn.Module):
             return stream.run(self.embed(video)[0].repeat(num_copies, 1, 1, 1))
 
     def stream(self, batch_size=1, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None,
-               generator=None):
+               generator=None, target_scales=None, target_patch_size=None):
         """Frame in, gaze out: an object whose step(frame (B, 3, R', R')) returns that frame's gaze dict."""
-        return GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator)
+        tiling = None
+        if target_scales is not None or target_patch_size is not None:
+            tiling = Tiling(self.config, target_scales, target_patch_size)
+            batch_size *= tiling.rows * tiling.columns
+            gazing_ratio, task_loss_requirement = map(tiling.repeat, (gazing_ratio, task_loss_requirement))
+        return GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator,
+                          tiling)
 
     def gazing_mask(self, gazing):
         """List of S tensors (B, T, V_s), 1 where a patch is gazed."""
@@ -493,6 +494,61 @@ def per_clip_and_frame(value, B, name):
     return at
 
 
+class Tiling:
+    """Gazes for an encoder with other resolutions or patches.
+
+    target_scales: as many sides as the model has scales, "64+128", ints or (height, width) pairs; None: the model's
+    times target_patch_size / patch_size. A tile holds as many target patches as the model's finest grid has and is
+    gazed at on its own, at the ratio asked for; the tiles' masks are put together and cropped, so gazes in the padding
+    vanish. The order of gazing is lost: ids of a frame ascend.
+    """
+
+    def __init__(self, config, target_scales, target_patch_size):
+        self.patch = p = target_patch_size or config.patch_size
+        if target_scales is None:
+            target_scales = [s * p // config.patch_size for s in config.scale_list]
+        if isinstance(target_scales, str):
+            target_scales = [int(s) for s in target_scales.split("+")]
+        sides = [tuple(s) if isinstance(s, (tuple, list)) else (s, s) for s in target_scales]
+        self.sides = [s // config.patch_size for s in config.scale_list]  # of a tile's grids, in patches
+        self.grids = [(h // p, w // p) for h, w in sides]  # of the whole frame
+        self.size = sides[-1]
+        # a fraction of a patch at the border counts: a tile must cover it
+        self.rows, self.columns = (math.ceil(n / p / self.sides[-1]) for n in self.size)
+        if len(sides) != len(self.sides) or any(
+                h < 1 or w < 1 or h > self.rows * g or w > self.columns * g
+                for (h, w), g in zip(self.grids, self.sides, strict=False)):
+            raise ValueError(f"target_scales={target_scales}, target_patch_size={p} do not fit scales={config.scales}: "
+                             f"as many, in about the same proportions, at least {p} pixels each")
+
+    def cut(self, video):
+        """video (B, T, 3, H, W), resized to the finest target scale, padded with 0 -> tiles (B·rows·columns, T, 3, …),
+        b, then row, then column."""
+        x = video.flatten(0, 1)
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bicubic", align_corners=False)
+        tile = self.sides[-1] * self.patch
+        x = F.pad(x, (0, self.columns * tile - self.size[1], 0, self.rows * tile - self.size[0]))
+        return rearrange(x, "(b t) c (i h) (j w) -> (b i j) t c h w", b=len(video), i=self.rows, j=self.columns)
+
+    def repeat(self, value):
+        """Values per clip and frame -> per tile and frame; others as they are."""
+        if value is None or torch.as_tensor(value).dim() < 2 or len(value) == 1:
+            return value
+        return torch.as_tensor(value).repeat_interleave(self.rows * self.columns, dim=0)
+
+    def join(self, masks):
+        """gazing_mask of the tiles -> gaze dict of whole frames, with gazing_mask; ids count the target's patches."""
+        whole = [rearrange(m, "(b i j) t (h w) -> b t (i h) (j w)", i=self.rows, j=self.columns, h=g)[:, :, :h, :w]
+                 .flatten(2) for m, g, (h, w) in zip(masks, self.sides, self.grids, strict=True)]
+        seen, frames = torch.cat(whole, dim=2).bool(), []
+        for t, frame in enumerate(seen.unbind(1)):
+            n = frame.sum(1, keepdim=True)
+            padded = torch.arange(int(n.max()), device=n.device) >= n
+            frames.append((pack_front(frame)[0][:, :padded.shape[1]] + seen.shape[2] * t, padded))
+        return join_frames(frames) | {"gazing_mask": whole}
+
+
 class GazeStream:
     """The state of decoding: the encoder's last frames, the KV cache, and the last block of gazes not yet in it.
 
@@ -500,8 +556,10 @@ class GazeStream:
     its batch neighbours do, and a token's RoPE position is its index.
     """
 
-    def __init__(self, model, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator):
-        c = self.c = model.config
+    def __init__(self, model, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator,
+                 tiling=None):
+        c, self.tiling = model.config, tiling
+        self.c = c
         self.model, self.B, self.temperature, self.generator = model, batch_size, temperature, generator
         self.reference = c.reference_decoding if reference is None else reference
         if gazing_ratio is None and task_loss_requirement is None:
@@ -534,9 +592,11 @@ class GazeStream:
     @torch.no_grad()
     def step(self, frame):
         """frame (B, 3, R', R') normalised pixels -> this frame's gaze dict; gazing_pos counts within the frame."""
-        vision, self.past = self.model.embed(frame.unsqueeze(1), self.past)
+        video = frame.unsqueeze(1)
+        vision, self.past = self.model.embed(self.tiling.cut(video) if self.tiling else video, self.past)
         gazing = join_frames([self.gaze_frame(vision[:, 0])])
-        return gazing | {"gazing_mask": self.model.gazing_mask(gazing)}
+        mask = self.model.gazing_mask(gazing)
+        return self.tiling.join(mask) if self.tiling else gazing | {"gazing_mask": mask}
 
     @torch.no_grad()
     def run(self, vision):  # (B, T, P, D): all frames at once
@@ -654,14 +714,43 @@ class GazeStream:
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
 
 
-def download(hub_id, names):
-    """Fetch files of a hub repository into the local cache; says from where and under which licence."""
+def assign(module, tensors, source, name=lambda n: n):
+    """Make `tensors` (name -> tensor) the weights of module, in float32; those that are already are not copied. `name`
+    turns the module's names into theirs. ValueError names what is missing, unexpected or of another shape."""
+    want = {name(n): (n, p.shape) for n, p in module.state_dict().items()}
+    wrong = [f"missing {n}" for n in want if n not in tensors] + [f"unexpected {n}" for n in tensors if n not in want]
+    wrong += [f"{n} is {tuple(t.shape)}, the config needs {tuple(want[n][1])}" for n, t in tensors.items()
+              if n in want and t.shape != want[n][1]]
+    if wrong:
+        raise ValueError(f"{source} do not fit: " + "; ".join(wrong[:8])
+                         + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+    module.load_state_dict({want[n][0]: t.float() for n, t in tensors.items()}, assign=True)
+
+
+def announce(hub_id):
+    licence = LICENCES.get(hub_id, "see its page there for the licence")
+    print(f"fetching {hub_id} from huggingface.co, unless cached; licence: {licence}")
+
+
+def download(hub_id, weights):
+    """Fetch config.json and the first of the files `weights` that a hub repository has; their folder in the cache."""
     from huggingface_hub import hf_hub_download
-    print(WEIGHTS_NOTICE.format(hub_id))
-    try:
-        return Path([hf_hub_download(hub_id, n) for n in names][0]).parent
-    except Exception as e:
-        raise FileNotFoundError(f"{hub_id}: neither a folder here nor reachable on the hub ({type(e).__name__})") from e
+    from huggingface_hub.utils import EntryNotFoundError
+    announce(hub_id)
+    found, error = None, None
+    for file in ("config.json", *weights):
+        try:
+            found = hf_hub_download(hub_id, file)
+        except EntryNotFoundError as e:
+            error = e
+        except Exception as e:  # whatever a wrong name or a broken line raises
+            error = e
+            break
+        if found and file in weights:
+            break
+    if found is None:
+        raise FileNotFoundError(f"{hub_id}: neither a folder here nor reachable on the hub ({type(error).__name__})")
+    return Path(found).parent
 
 
 def describe(config):

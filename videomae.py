@@ -1,6 +1,6 @@
 """The frozen reconstructor: a block-causal, multi-scale masked autoencoder for video, and the losses that judge it.
 
-    mae = VideoMAE.from_pretrained("out/toy/videomae")         # a folder or a state-dict file
+    mae = VideoMAE.from_pretrained("out/toy/videomae")         # a folder, a state-dict file or a hub id
     reconstruction, loss = mae(video, gazing, frames=[0, 7])   # (B, F, 3, R, R), (B, F)
 
 From the gazed patches alone it paints whole frames: frame t is reconstructed from the patches gazed in frames <= t
@@ -12,6 +12,7 @@ D width.
 """
 import json
 import os
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -19,6 +20,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+
+from data import IMAGE_MEAN, IMAGE_STD
+from model import announce, assign, download
+
+WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
+# Parameters that a plain ViTMAE lacks; taken as start weights they are drawn anew.
+VIDEO_ONLY = ("vit.embeddings.scale_embed", "vit.embeddings.time_embed", "decoder.decoder_scale_embed",
+              "decoder.time_embed")
+# Perceptual networks: hub id of the published loss, mean and spread of the pixels that they expect.
+NETWORKS = {"dinov2_reg": ("facebook/dinov2-with-registers-base", IMAGE_MEAN, IMAGE_STD),
+            "siglip2": ("google/siglip2-base-patch16-224", (0.5,) * 3, (0.5,) * 3)}
+# Names since transformers 5, in memory and as it writes them, against those of transformers 4 and of published files.
+NEW_NAMES = (("vit.layers.", "vit.encoder.layer."), ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
+             ("attention.q_proj.", "attention.attention.query."), ("attention.k_proj.", "attention.attention.key."),
+             ("attention.v_proj.", "attention.attention.value."), ("attention.o_proj.", "attention.output.dense."))
 
 
 @dataclass
@@ -202,9 +218,25 @@ class Decoder(nn.Module):
                          q=c.patch_size)
 
 
+def read_tensors(path):
+    """{name: tensor} of a state-dict file. The file is mapped, not read: memory holds what gets used, once."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # before 1.6: no zip
+
+
+def old_name(name):
+    """A parameter's name in transformers 4, whichever version it comes from."""
+    for new, old in NEW_NAMES:
+        name = name.replace(new, old)
+    return name.removeprefix("vision_model.")  # SigLIP's
+
+
 class VideoMAE(nn.Module):
     """See the module's docstring. loss_type and loss_weights: terms joined by '+', for instance
-    "l1+dinov2_reg+siglip2" and "1+0.3+0.3"; dinov2_reg and siglip2 name the folder or hub id of those networks."""
+    "l1+dinov2_reg+siglip2" and "1+0.3+0.3"; dinov2_reg and siglip2: folder or hub id of those networks (none: the
+    published one)."""
 
     def __init__(self, config, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None):
         super().__init__()
@@ -222,49 +254,53 @@ class VideoMAE(nn.Module):
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        self.loss = ReconstructionLoss(loss_type, loss_weights)
+        self.loss = ReconstructionLoss(loss_type, loss_weights, dinov2_reg, siglip2)
 
     # ---- files
 
     @classmethod
     def from_pretrained(cls, path, config=None, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None):
-        """Load a folder (config.json + weights) or state dict (.pt, .safetensors; config=None: the published ViT-L)."""
+        """Load a state dict (.pt, .safetensors; config=None: the published ViT-L), or a folder or hub id (config.json
+        and weights). A folder of transformers' ViTMAE gives start weights: scale and time embeddings are drawn.
+
+        Perceptual networks come from the file if it holds them, else from dinov2_reg and siglip2 (as in the class).
+        FileNotFoundError: no weights there; ValueError names tensors that do not fit."""
         path = Path(path)
-        if path.is_dir():
-            config = config or VideoMAEConfig.from_file(path / "config.json")
-            path = path / "model.safetensors"
+        if not path.exists() and len(path.parts) == 2 and path.suffix not in (".pt", ".safetensors"):
+            path = download(str(path), WEIGHT_FILES)
+        folder = path if path.is_dir() else None
+        if folder:
+            if config is None and (folder / "config.json").is_file():
+                config = VideoMAEConfig.from_file(folder / "config.json")
+            path = next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), folder / WEIGHT_FILES[0])
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no VideoMAE weights there "
-                                    "(expected a folder written by train_videomae.py, or a state-dict file)")
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            raise FileNotFoundError(f"{path}: no VideoMAE weights there (expected a folder written by "
+                                    "train_videomae.py or transformers, a state-dict file, or a hub id)")
         with torch.device("meta"):
-            mae = cls(config or VideoMAEConfig(), loss_type, loss_weights, dinov2_reg, siglip2)
-        state = {}
-        for name, t in tensors.items():
-            for prefix in ("module.", "mae."):
-                name = name.removeprefix(prefix)
-            if not name.startswith(("dinov2_reg.", "siglip2.")):
-                state[name] = t.float()
-        want = mae.state_dict()
-        wrong = [f"missing {n}" for n in want if n not in state] + [f"unexpected {n}" for n in state if n not in want]
-        wrong += [f"{n} is {tuple(t.shape)}, the config needs {tuple(want[n].shape)}" for n, t in state.items()
-                  if n in want and t.shape != want[n].shape]
-        if wrong:
-            raise ValueError(f"{path} does not fit: " + "; ".join(wrong[:8])
-                             + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
-        mae.load_state_dict(state, assign=True)
+            mae = cls(config or VideoMAEConfig())
+        tensors, networks = {}, {term: {} for term in NETWORKS}
+        for name, t in read_tensors(path).items():
+            name = name.removeprefix("module.").removeprefix("mae.")
+            term, _, rest = name.partition(".")
+            if term in networks:
+                networks[term][old_name(rest)] = t
+            else:
+                tensors[old_name(name).replace("mlp.fc1.", "intermediate.dense.")
+                        .replace("mlp.fc2.", "output.dense.")] = t
+        if folder and not any(n in tensors for n in VIDEO_ONLY):
+            std = mae.config.initializer_range
+            tensors |= {n: torch.randn(mae.get_parameter(n).shape) * std for n in VIDEO_ONLY}
+        assign(mae, tensors, f"{path} and the config")
+        mae.loss = ReconstructionLoss(loss_type, loss_weights, dinov2_reg, siglip2, networks, path)
         return mae
 
     def save_pretrained(self, folder):
-        """Write config.json + model.safetensors; each file appears whole or not at all."""
+        """Write config.json + model.safetensors, whole or not at all; perceptual networks are left out."""
         from safetensors.torch import save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: p.detach().cpu().contiguous() for n, p in self.state_dict().items()}
+        weights = {n: p.detach().cpu().contiguous() for n, p in self.state_dict().items()
+                   if not n.startswith("loss.")}
         save_file(weights, folder / "model.safetensors.tmp")
         config = asdict(self.config) | {"model_type": "vit_mae"}
         (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
@@ -350,9 +386,13 @@ class VideoMAE(nn.Module):
 
 
 class ReconstructionLoss(nn.Module):
-    """Weighted sum of terms, each one number per frame. l1: mean |x̂ - x| over normalised pixels."""
+    """Weighted sum of terms, each one number per frame (paper, section 3.3).
 
-    def __init__(self, loss_type="l1", loss_weights="1"):
+    l1: mean |x̂ - x| over normalised pixels. dinov2_reg, siglip2: mean squared difference of the patch tokens' last four
+    hidden states in that network, which is frozen. networks: {term: tensors} that the file `source` holds.
+    """
+
+    def __init__(self, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None, networks=None, source=None):
         super().__init__()
         self.terms = loss_type.split("+")
         self.weights = [float(w) for w in loss_weights.split("+")]
@@ -360,13 +400,80 @@ class ReconstructionLoss(nn.Module):
             raise ValueError(
                 f"loss_type={loss_type!r} and loss_weights={loss_weights!r} name different numbers of terms")
         for term in self.terms:
-            if term != "l1":
-                raise ValueError(f"loss_type={loss_type!r}: unknown term {term!r}, known: l1")
+            if term != "l1" and term not in NETWORKS:
+                raise ValueError(f"loss_type={loss_type!r}: unknown term {term!r}, known: l1, {', '.join(NETWORKS)}")
+        folders = {"dinov2_reg": dinov2_reg, "siglip2": siglip2}
+        self.networks = nn.ModuleDict({
+            term: perceptual_network(term, folders[term], (networks or {}).get(term), source)
+            for term in self.terms if term != "l1"})
+        self.eval().requires_grad_(False)
 
+    def train(self, mode=True):  # the networks stay in eval mode whatever their parent does
+        return super().train(False)
+
+    def features(self, term, x):
+        """Normalised pixels (…, 3, R, R) -> hidden states (…, P, 4·D) of the network's own patches."""
+        network, (_, mean, std) = self.networks[term], NETWORKS[term]
+        ours, theirs = ([torch.tensor(v, device=x.device).view(3, 1, 1) for v in pair]
+                        for pair in ((IMAGE_MEAN, IMAGE_STD), (mean, std)))
+        pixels = ((x * ours[1] + ours[0] + 1) / 2 - theirs[0]) / theirs[1]
+        pixels = pixels.flatten(0, -4)
+        if term == "siglip2":
+            h, layers, skip = network.embeddings(pixels, interpolate_pos_encoding=True), network.encoder.layers, 0
+        else:  # CLS and registers come first
+            skip = 1 + network.config.num_register_tokens
+            h, layers = network.embeddings(pixels), network.encoder.layer
+        states = [h]
+        for layer in layers:
+            h = layer(h, None)  # no mask
+            h = h[0] if isinstance(h, tuple) else h  # transformers 4 returns tuples
+            states.append(h)
+        return torch.cat(states[-4:], dim=2)[:, skip:].unflatten(0, x.shape[:-3]).float()
+
+    @torch.no_grad()
     def target(self, frames):
         """What `forward` needs of the true frames (…, 3, R, R); compute it once where it is used often."""
-        return frames
+        return {term: frames if term == "l1" else self.features(term, frames) for term in self.terms}
 
     def forward(self, reconstruction, target):
         """reconstruction (…, 3, R, R), target from self.target (broadcast) -> loss (…)"""
-        return self.weights[0] * (reconstruction - target).abs().mean(dim=(-3, -2, -1))
+        loss = 0.0
+        for term, weight in zip(self.terms, self.weights, strict=True):
+            if term == "l1":
+                value = (reconstruction - target[term]).abs().mean(dim=(-3, -2, -1))
+            else:
+                value = (self.features(term, reconstruction) - target[term]).square().mean(dim=(-2, -1))
+            loss = loss + weight * value
+        return loss
+
+
+def perceptual_network(term, folder, tensors, source):
+    """The network of a loss term: its weights are `tensors` (of the file `source`), if any, else the folder's or hub
+    id's; these give the sizes in any case."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
+    kind, kind_config = {"dinov2_reg": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig),
+                         "siglip2": (SiglipVisionModel, SiglipVisionConfig)}[term]
+    if not tensors:
+        folder = folder or NETWORKS[term][0]
+    if folder and not Path(folder).is_dir():
+        announce(folder)
+    if not tensors:
+        try:
+            network, info = kind.from_pretrained(folder, output_loading_info=True)
+        except OSError as e:
+            raise FileNotFoundError(f"{term}={folder}: neither a folder with this network nor reachable on the hub, "
+                                    f"and the VideoMAE's file does not hold it ({type(e).__name__})") from e
+        if info["missing_keys"] or info["mismatched_keys"]:
+            wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+            raise ValueError(f"{term}={folder} is not such a network: missing {', '.join(wrong[:8])}")
+        return getattr(network, "vision_model", network).float()  # SigLIP in transformers 4 wraps it once more
+    # the published sizes, of which DINOv2's are not the defaults
+    sizes = {"image_size": 518, "patch_size": 14} if term == "dinov2_reg" else {}
+    with torch.device("meta"):
+        network = kind(kind_config.from_pretrained(folder) if folder else kind_config(**sizes))
+    network = getattr(network, "vision_model", network)
+    assign(network, tensors, f"{term} in {source} and its config", old_name)
+    if term == "siglip2":  # not in files
+        e = network.embeddings
+        e.position_ids = torch.arange(e.num_positions).unsqueeze(0)
+    return network
