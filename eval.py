@@ -23,7 +23,7 @@ import viz
 from data import Clips, normalize
 from label import greedy
 from model import Gaze, join_frames
-from videomae import VideoMAE
+from videomae import load_videomae
 
 
 @dataclass
@@ -31,8 +31,10 @@ class Config:
     root: str = "data/toy"             # folders with val/, separated by commas
     split: str = "val"                 # which part of them
     videomae: str = "out/videomae"     # the reconstructor that measures
-    loss_type: str = "l1"              # reconstruction loss, see videomae.py
-    loss_weights: str = "1"
+    loss_type: str = "l1"              # reconstruction loss: l1, dinov2_reg and siglip2, joined by +
+    loss_weights: str = "1"            # of its terms (published: l1+dinov2_reg+siglip2 with 1+0.3+0.3)
+    dinov2_reg: str | None = None      # folder or hub id of that network; none: in the videomae file, else published
+    siglip2: str | None = None
     models: str = ""                   # gaze models to compare: name=folder, separated by commas
     out_dir: str = "out/eval"          # eval.json, plots, pictures
     n_frames: int = 16                 # clip length
@@ -204,8 +206,7 @@ def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     _, _, device = common.init_processes(cfg.device)
     out, t0 = Path(cfg.out_dir), time.time()
-    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights)
-    mae.to(device).freeze()
+    mae = load_videomae(cfg, device)
     models = {}
     for entry in filter(None, cfg.models.split(",")):
         name, folder = entry.split("=", 1)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import common
 import configurator
 from data import Clips, VideoError, normalize, video_key
-from videomae import VideoMAE
+from videomae import load_videomae
 
 
 @dataclass
@@ -37,8 +37,10 @@ class Config:
     root: str = "data/toy"             # folders with train/ and val/, separated by commas
     splits: str = "train,val"          # which of them to label
     videomae: str = "out/videomae"     # the reconstructor: folder or state-dict file
-    loss_type: str = "l1"              # reconstruction loss, see videomae.py
-    loss_weights: str = "1"
+    loss_type: str = "l1"              # reconstruction loss: l1, dinov2_reg and siglip2, joined by +
+    loss_weights: str = "1"            # of its terms (published: l1+dinov2_reg+siglip2 with 1+0.3+0.3)
+    dinov2_reg: str | None = None      # folder or hub id of that network; none: in the videomae file, else published
+    siglip2: str | None = None
     out: str | None = None             # label file; none: <first root>/gazing_labels.json
     n_frames: int = 16                 # clip length
     stride: int = 1                    # source frames per clip frame
@@ -179,11 +181,11 @@ def read_parts(out, settings):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     rank, world, device = common.init_processes(cfg.device)
-    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights)
-    mae.to(device).freeze()
+    mae = load_videomae(cfg, device)
     c, V = mae.config, sum(mae.config.ids_per_scale)
     out = Path(cfg.out or Path(cfg.root.split(",")[0]) / "gazing_labels.json")
-    free = ("out", "device", "max_candidates", "naive", "splits", "max_clips")  # may change between runs
+    # may change between runs
+    free = ("out", "device", "dinov2_reg", "siglip2", "max_candidates", "naive", "splits", "max_clips")
     settings = {k: v for k, v in asdict(cfg).items() if k not in free}
     done = read_parts(out, settings)
     common.barrier()  # nobody writes before all have read, or they would share out different lists

@@ -27,7 +27,7 @@ import model
 import viz
 from data import Clips, collate, normalize
 from model import Gaze, GazeConfig
-from videomae import VideoMAE
+from videomae import load_videomae
 
 
 @dataclass
@@ -35,8 +35,10 @@ class Config:
     # data
     root: str = "data/toy"             # folders with train/ and val/, separated by commas
     videomae: str = "out/videomae"     # the reconstructor that gives the reward: folder or state-dict file
-    loss_type: str = "l1"              # reconstruction loss, see videomae.py
-    loss_weights: str = "1"
+    loss_type: str = "l1"              # reconstruction loss: l1, dinov2_reg and siglip2, joined by +
+    loss_weights: str = "1"            # of its terms (published: l1+dinov2_reg+siglip2 with 1+0.3+0.3)
+    dinov2_reg: str | None = None      # folder or hub id of that network; none: in the videomae file, else published
+    siglip2: str | None = None
     out_dir: str = "out/grpo"          # weights, metrics.jsonl, pictures
     n_frames: int = 16                 # clip length
     stride: int = 1                    # source frames per clip frame
@@ -175,8 +177,7 @@ def main():
     gaze.config.reference_decoding = False  # the policy that samples must be the one that is trained
     gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
     gaze.to(device)
-    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights)
-    mae.to(device).freeze()
+    mae = load_videomae(cfg, device)
     if mae.config.scales != gaze.config.scales or mae.config.patch_size != gaze.config.patch_size:
         raise ValueError(f"{cfg.videomae} reconstructs from scales {mae.config.scales}, patch {mae.config.patch_size}; "
                          f"the gaze model has {gaze.config.scales}, patch {gaze.config.patch_size}")

@@ -25,7 +25,7 @@ import model
 import viz
 from data import Clips, check_label, collate, collate_gaze, load_labels, normalize
 from model import Gaze, GazeConfig
-from videomae import VideoMAE
+from videomae import load_videomae
 
 
 @dataclass
@@ -34,6 +34,10 @@ class Config:
     root: str = "data/toy"             # folders with train/ and val/, separated by commas
     labels: str = "gazing_labels.json" # written by label.py, or the published files
     videomae: str | None = None        # reconstructor for the validation loss: folder or file; none: no such loss
+    loss_type: str = "l1"              # reconstruction loss: l1, dinov2_reg and siglip2, joined by +
+    loss_weights: str = "1"            # of its terms (published: l1+dinov2_reg+siglip2 with 1+0.3+0.3)
+    dinov2_reg: str | None = None      # folder or hub id of that network; none: in the videomae file, else published
+    siglip2: str | None = None
     out_dir: str = "out/ntp"           # weights, metrics.jsonl, pictures
     n_frames: int = 16                 # clip length
     stride: int = 1                    # source frames per clip frame
@@ -152,7 +156,7 @@ def main():
         gaze.load_state_dict(resumed["model"])
     gaze.to(device)
     V = gaze.config.num_ids
-    mae = VideoMAE.from_pretrained(cfg.videomae).to(device).freeze() if cfg.videomae else None
+    mae = load_videomae(cfg, device) if cfg.videomae else None
 
     # ---- data
     labels = load_labels(cfg.labels)

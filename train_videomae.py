@@ -7,7 +7,7 @@ r"""Train the reconstructor: a masked autoencoder on videos that sees random mul
         train_videomae.py config/videomae.py
 
 Ratio and split over frames are drawn as for the labels (label.py), one draw per step, the same on all ranks. The loss
-is the mean absolute error of a few randomly chosen frames. Writes out_dir/{config.json, model.safetensors}.
+is that of a few randomly chosen frames. Writes out_dir/{config.json, model.safetensors}.
 """
 import contextlib
 import sys
@@ -50,13 +50,17 @@ class Config:
     decoder_num_attention_heads: int = 16
     decoder_intermediate_size: int = 2048
     initializer_range: float = 0.02    # of fresh weights; narrow models want more, about 1 / sqrt(width)
-    init_from: str = "scratch"         # scratch | resume | a folder or file to start from
+    init_from: str = "scratch"         # scratch | resume | folder, file or hub id to start from, a ViTMAE's too
     # gazes: the same draws as label.py
     ratio_min: float = 0.02            # share of all patches that is shown; exponential between min and max
     ratio_max: float = 0.2
     ratio_rate: float = 10.0           # of the exponential
     alpha: str = "10,3"                # Dirichlet split over frames, the last value repeated: the first frame gets most
     recon_frames: int = 4              # frames reconstructed per clip and step
+    loss_type: str = "l1"              # reconstruction loss: l1, dinov2_reg and siglip2, joined by +
+    loss_weights: str = "1"            # of its terms (published: l1+dinov2_reg+siglip2 with 1+0.3+0.3)
+    dinov2_reg: str | None = None      # folder or hub id of that network; none: in init_from, else published
+    siglip2: str | None = None
     # optimisation
     steps: int = 50000                 # optimizer steps
     batch_size: int = 128              # clips per step over all processes
@@ -113,17 +117,18 @@ def main():
     # ---- model
     keys = VideoMAEConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys()
     model_cfg = VideoMAEConfig(**{k: getattr(cfg, k) for k in keys}, image_size=int(cfg.scales.split("+")[-1]))
+    loss_args = {k: getattr(cfg, k) for k in ("loss_type", "loss_weights", "dinov2_reg", "siglip2")}
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
     start, resumed = 0, None
     if cfg.init_from == "resume":
         resumed = common.load_state(out / "last.pt")
         start = resumed["step"]
-        mae = VideoMAE(model_cfg)
+        mae = VideoMAE(model_cfg, **loss_args)
         mae.load_state_dict(resumed["model"])
     elif cfg.init_from == "scratch":
-        mae = VideoMAE(model_cfg)
+        mae = VideoMAE(model_cfg, **loss_args)
     else:
-        mae = VideoMAE.from_pretrained(cfg.init_from, model_cfg)
+        mae = VideoMAE.from_pretrained(cfg.init_from, model_cfg, **loss_args)
     mae.to(device)
     V = sum(model_cfg.ids_per_scale)
 

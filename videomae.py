@@ -266,7 +266,7 @@ class VideoMAE(nn.Module):
         Perceptual networks come from the file if it holds them, else from dinov2_reg and siglip2 (as in the class).
         FileNotFoundError: no weights there; ValueError names tensors that do not fit."""
         path = Path(path)
-        if not path.exists() and len(path.parts) == 2 and path.suffix not in (".pt", ".safetensors"):
+        if not path.exists() and len(path.parts) == 2 and not path.parent.exists():  # owner/name
             path = download(str(path), WEIGHT_FILES)
         folder = path if path.is_dir() else None
         if folder:
@@ -477,3 +477,9 @@ def perceptual_network(term, folder, tensors, source):
         e = network.embeddings
         e.position_ids = torch.arange(e.num_positions).unsqueeze(0)
     return network
+
+
+def load_videomae(cfg, device):
+    """The frozen reconstructor that a script's settings name: cfg.videomae, loss_type, loss_weights and networks."""
+    mae = VideoMAE.from_pretrained(cfg.videomae, None, cfg.loss_type, cfg.loss_weights, cfg.dinov2_reg, cfg.siglip2)
+    return mae.to(device).freeze()
