@@ -1,5 +1,5 @@
 """Parity with the published code. tests/golden holds what it computed (fp32, CPU, random weights with clear margins):
-gaze.safetensors for the checkpoint model/, videomae.safetensors for videomae_weights.safetensors.
+gaze.safetensors and tiles.safetensors for the checkpoint model/, videomae.safetensors for videomae_weights.safetensors.
 
 The published code writes log(p + 1e-8) where log p is meant; `log_p` turns ours into theirs."""
 import copy
@@ -163,6 +163,20 @@ def test_grpo_loss_and_gradients(gaze, want):
     assert_same_gradients(gaze, want, "g_grad.")
 
 
+@pytest.mark.parametrize("name, scales, patch", [("h_pad", [24, 40], 8), ("h_patch7", "28+56", 7)])
+def test_other_scales_and_patch_sizes(gaze, name, scales, patch):
+    want = load_file(GOLDEN / "tiles.safetensors")
+    video, target = want[f"{name}.video"], dict(gazing_ratio=0.3, target_scales=scales, target_patch_size=patch)
+    before, out, stream = video.clone(), gaze.generate(video, **target), gaze.stream(2, **target)
+    assert_same_gazes(out, gazing_of(want, name))
+    for s, mask in enumerate(out["gazing_mask"]):
+        assert torch.equal(mask, want[f"{name}.gazing_mask{s}"].float())
+    for t, frame in enumerate(video.unbind(1)):
+        for mask, whole in zip(stream.step(frame)["gazing_mask"], out["gazing_mask"], strict=True):
+            assert torch.equal(mask[:, 0], whole[:, t])
+    assert torch.equal(video, before)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # reconstructor
 
@@ -171,9 +185,14 @@ def recon():
     return load_file(GOLDEN / "videomae.safetensors")
 
 
+def load_mae(loss_type="l1", loss_weights="1"):
+    return VideoMAE.from_pretrained(GOLDEN / "videomae_weights.safetensors", tiny_mae().config, loss_type, loss_weights,
+                                    dinov2_reg=GOLDEN / "dinov2_reg", siglip2=GOLDEN / "siglip2")
+
+
 @pytest.fixture
 def mae():
-    return VideoMAE.from_pretrained(GOLDEN / "videomae_weights.safetensors", tiny_mae().config).freeze()
+    return load_mae().freeze()
 
 
 @pytest.mark.parametrize("name, frames", [
@@ -196,3 +215,23 @@ def test_reconstructor_encoder(mae, recon):
     for name, x in seen.items():
         close(x[:, 0], recon[name][:, 0], rtol=1e-4, atol=1e-4)
         close(x[:, 1:][real], recon[name][:, 1:][real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("term", ["l1", "dinov2_reg", "siglip2"])
+def test_loss_terms(recon, term):
+    """Three pictures, each term alone; the networks come from the file."""
+    loss = load_mae(term).loss
+    close(loss(recon["loss_pred"], loss.target(recon["loss_target"])), recon[f"loss_{term}"], rtol=1e-4, atol=0)
+
+
+def test_published_loss_and_gradients(recon):
+    mae, gazing = load_mae("l1+dinov2_reg+siglip2", "1+0.3+0.3").train(), {k: recon[k] for k in TENSORS}
+    for name, frames in (("f0123", [0, 1, 2, 3]), ("f13", [1, 3])):
+        loss = mae(recon["video"], gazing, frames)[1]
+        close(loss, recon[f"l1dinosig.{name}.reconstruction_loss_each_reconstruction_frame"], rtol=1e-4, atol=0)
+    loss.mean().backward()
+    names = [n for n in recon if n.startswith("grad.mae.")]
+    for n in names:
+        grad = mae.get_parameter(n.removeprefix("grad.mae.")).grad
+        assert (grad - recon[n]).abs().max() <= 1e-4 * recon[n].abs().max(), n
+    assert len(names) == 4

@@ -170,6 +170,95 @@ def test_bad_losses(loss_type, weights):
         ReconstructionLoss(loss_type, weights)
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of tiny perceptual networks as transformers writes them; their weights are large enough to matter, their
+    dropout would show in training mode. DINOv2: patch 14 of 56 px, so 32 px are 2 x 2 patches at resized positions."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
+    root, sizes = tmp_path_factory.mktemp("networks"), dict(hidden_size=16, num_hidden_layers=5, num_attention_heads=2)
+    torch.manual_seed(0)
+    networks = {"dinov2_reg": Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
+        **sizes, image_size=56, patch_size=14, initializer_range=0.2, hidden_dropout_prob=0.5, drop_path_rate=0.5)),
+        "siglip2": SiglipVisionModel(SiglipVisionConfig(
+            **sizes, image_size=32, patch_size=8, intermediate_size=32, attention_dropout=0.5))}
+    for name, network in networks.items():
+        network.save_pretrained(root / name)
+    return {name: (root / name, network.eval()) for name, network in networks.items()}
+
+
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+HALF = torch.full((2, 3, 1, 1), 0.5)
+
+
+@pytest.mark.parametrize("term, stats, skip", [("dinov2_reg", IMAGENET, 5), ("siglip2", HALF, 0)])
+def test_perceptual_terms(folders, term, stats, skip):
+    """From a folder, against transformers' own hidden states; the same in a parent's training mode."""
+    folder, network = folders[term]
+    loss = ReconstructionLoss(f"{term}+l1", "2+0.5", **{term: str(folder)})
+    assert not any(p.requires_grad for p in loss.parameters())
+    a, b = normal_video(2, side=32, seed=3), normal_video(2, side=32, seed=4)
+
+    def hidden(x):
+        pixels = (x * IMAGENET[1] + IMAGENET[0] + 1) / 2  # 0..1
+        states = network((pixels.flatten(0, 1) - stats[0]) / stats[1], output_hidden_states=True).hidden_states
+        return torch.cat(states[-4:], dim=2)[:, skip:]
+    want = 2 * (hidden(a) - hidden(b)).square().mean((1, 2)) + 0.5 * (a - b).abs().flatten(0, 1).mean((1, 2, 3))
+    close(loss(a, loss.target(b)), want.view(2, 4), rtol=1e-4, atol=0)
+    assert torch.nn.Sequential(loss).train()[0](a, loss.target(b)).equal(loss(a, loss.target(b)))
+
+
+def test_targets_are_computed_once_per_clip(folders, video):
+    mae, seen = tiny_mae(), []
+    mae.loss = ReconstructionLoss("siglip2", "1", siglip2=folders["siglip2"][0])
+    mae.loss.networks["siglip2"].embeddings.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    gazing = padded_gazing(12)
+    loss = mae(video, gazing, [1, 3])[1]
+    assert sorted(seen) == [3 * 2, 12 * 2]
+    close(loss, mae(video.repeat(4, 1, 1, 1, 1), gazing, [1, 3])[1], rtol=1e-4, atol=1e-5)
+
+
+def test_where_networks_come_from(tmp_path, mae, folders):
+    """The file's weights win over the folder's and may have either transformers' names; what we save has none."""
+    loss_of = dict(loss_type="dinov2_reg+siglip2", loss_weights="1+1", **{n: str(f) for n, (f, _) in folders.items()})
+    mae.save_pretrained(tmp_path)
+    again = VideoMAE.from_pretrained(tmp_path, **loss_of)
+    want = again.loss(*(x := normal_video(1), again.loss.target(x.flip(0, 1))))
+    again.save_pretrained(tmp_path / "b")
+    assert load_file(tmp_path / "b/model.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
+    new, old = dict(mae.state_dict()), dict(mae.state_dict())
+    for term, (folder, _) in folders.items():
+        for n, t in load_file(folder / "model.safetensors").items():
+            old[f"{term}.{n}"] = new[f"{term}.{n}"] = t + 0.1
+    for k in list(old):
+        for a, b in videomae.NEW_NAMES[2:]:
+            if k.startswith("dinov2_reg.") and b in k:
+                new[k.replace(b, a)] = new.pop(k)
+        if "siglip2." in k:
+            new["siglip2." + k.split("siglip2.")[1].removeprefix("vision_model.")] = new.pop(k)
+    assert new.keys() != old.keys()
+    losses = []
+    for state in (old, new):
+        torch.save(state, tmp_path / "videomae.pt")
+        loss = VideoMAE.from_pretrained(tmp_path / "videomae.pt", mae.config, **loss_of).loss
+        losses.append(loss(x, loss.target(x.flip(0, 1))))
+    assert torch.equal(*losses) and (losses[0] != want).all()
+    old.pop("siglip2." + next(k for k in old if k.startswith("siglip2.")).split("siglip2.")[1])
+    torch.save(old, tmp_path / "videomae.pt")
+    with pytest.raises(ValueError, match="siglip2 in .*videomae.pt .*missing"):
+        VideoMAE.from_pretrained(tmp_path / "videomae.pt", mae.config, **loss_of)
+
+
+def test_networks_that_are_not_there(tmp_path, folders):
+    (tmp_path / "config.json").write_text((folders["dinov2_reg"][0] / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="dinov2_reg"):
+        ReconstructionLoss("dinov2_reg", "1", dinov2_reg=tmp_path)
+    state = load_file(folders["dinov2_reg"][0] / "model.safetensors")
+    state.pop("embeddings.register_tokens")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="missing embeddings.register_tokens"):
+        ReconstructionLoss("dinov2_reg", "1", dinov2_reg=tmp_path)
+
+
 def test_overfits_one_batch():
     mae, video = tiny_mae(), F.interpolate(normal_video(2, side=4).flatten(0, 1), 32).unflatten(0, (2, T))
     gazing = common.random_gazing([8, 4, 4, 4], 2, V, torch.Generator().manual_seed(0))
@@ -235,6 +324,69 @@ def test_weights_that_do_not_fit(tmp_path, mae, change, named):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=named):
         VideoMAE.from_pretrained(tmp_path)
+
+
+def vitmae():
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    c = {k: v for k, v in vars(tiny_mae().config).items() if k not in ("scales", "max_num_frames")}
+    torch.manual_seed(0)
+    return ViTMAEForPreTraining(ViTMAEConfig(**c | dict(mask_ratio=0.5))).eval()
+
+
+def test_start_weights(tmp_path, mae, monkeypatch):
+    """A folder of transformers' ViTMAE: one frame seen at one scale is then reconstructed as it does."""
+    monkeypatch.setattr(videomae, "block_causal_attention",  # there CLS sees all, not only itself
+                        lambda q, k, v, ends, keep: F.scaled_dot_product_attention(q, k, v))
+    theirs, image, noise = vitmae(), normal_video(2, 1), torch.arange(16.0).expand(2, 16)
+    with torch.no_grad():
+        theirs.vit.embeddings.cls_token.normal_()
+        want = theirs.unpatchify(theirs(image[:, 0], noise=noise).logits)  # sees the first half of the patches
+    theirs.save_pretrained(tmp_path)
+    config = VideoMAEConfig(**vars(mae.config) | dict(scales="32"))
+    ours = VideoMAE.from_pretrained(tmp_path, config)
+    for name in videomae.VIDEO_ONLY:
+        assert 0.1 < ours.get_parameter(name).std() < 0.3, "drawn with the config's spread"
+        ours.get_parameter(name).data.zero_()
+    ids = torch.arange(8).expand(2, 8)
+    gazing = {"gazing_pos": ids, "if_padded_gazing": ids < 0, "num_gazing_each_frame": torch.tensor([8])}
+    close(ours(image, gazing, [0])[0][:, 0], want, rtol=1e-4, atol=1e-4)
+    # other scales, names as transformers 5 has them in memory or 4 in files, a pickled file
+    state = {k.replace("vit.encoder.layer.", "vit.layers."): v for k, v in theirs.state_dict().items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    again = VideoMAE.from_pretrained(tmp_path, mae.config)
+    assert torch.equal(again.decoder.decoder_pred.weight, ours.decoder.decoder_pred.weight)
+    assert torch.equal(again.vit.encoder.layer[1].output.dense.weight, ours.vit.encoder.layer[1].output.dense.weight)
+    with pytest.raises(ValueError, match="missing vit.embeddings.scale_embed"):  # a file is no start weights
+        VideoMAE.from_pretrained(tmp_path / "pytorch_model.bin", mae.config)
+
+
+def test_hub_ids(tmp_path, mae, monkeypatch, capsys):
+    """The licence is printed first; the first weights file that the repository has is taken."""
+    import huggingface_hub
+    torch.save({"mae." + k: v for k, v in mae.state_dict().items()}, tmp_path / "videomae.pt")
+
+    def fetch(hub_id, name):
+        assert hub_id == "bfshi/VideoMAE_AutoGaze" and "non-commercial" in capsys.readouterr().out + "".join(asked)
+        asked.append("non-commercial")
+        if not (tmp_path / name).is_file():
+            raise huggingface_hub.utils.LocalEntryNotFoundError(name)
+        return str(tmp_path / name)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    again = VideoMAE.from_pretrained("bfshi/VideoMAE_AutoGaze", mae.config)
+    assert len(asked) == 3 and torch.equal(again.decoder.mask_token, mae.decoder.mask_token)
+
+
+def test_loading_maps_the_file(tmp_path, mae):
+    """Memory holds the weights once (2 GB at full size): they are the file's pages. Writing to them spares the file."""
+    torch.save(mae.state_dict(), tmp_path / "videomae.pt")
+    before = (tmp_path / "videomae.pt").read_bytes()
+    again = VideoMAE.from_pretrained(tmp_path / "videomae.pt", mae.config)
+    where = sorted(p.data_ptr() for p in again.parameters())
+    assert where[-1] - where[0] < len(before), "one mapping"
+    again.decoder.mask_token.data.add_(1)
+    assert (tmp_path / "videomae.pt").read_bytes() == before
 
 
 def test_missing_file(tmp_path):
