@@ -60,3 +60,19 @@ def toy(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "toy"
     make_data.toy(make_data.ToyConfig(out=str(root), n_train=6, n_val=3, n_frames=4, height=32, width=48, n_workers=1))
     return root
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory):
+    """Folders of tiny perceptual networks as transformers writes them; their weights are large enough to matter, their
+    dropout would show in training mode. DINOv2: patch 14 of 56 px, so 32 px are 2 x 2 patches at resized positions."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
+    root, sizes = tmp_path_factory.mktemp("networks"), dict(hidden_size=16, num_hidden_layers=5, num_attention_heads=2)
+    torch.manual_seed(0)
+    made = {"dinov2_reg": Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
+        **sizes, image_size=56, patch_size=14, initializer_range=0.2, hidden_dropout_prob=0.5, drop_path_rate=0.5)),
+        "siglip2": SiglipVisionModel(SiglipVisionConfig(
+            **sizes, image_size=32, patch_size=8, intermediate_size=32, attention_dropout=0.5))}
+    for name, network in made.items():
+        network.save_pretrained(root / name)
+    return {name: (root / name, network.eval()) for name, network in made.items()}

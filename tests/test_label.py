@@ -15,6 +15,7 @@ import common
 import label
 from data import check_label, collate_gaze, load_labels
 from model import join_frames
+from videomae import ReconstructionLoss
 
 ROOT = Path(__file__).parent.parent
 V = 20
@@ -47,6 +48,17 @@ def test_greedy(seed, budgets, max_candidates):
             measured = mae(video[:, :t + 1], gazing_of(so_far), [t])[1]
             assert losses[t][j] == pytest.approx(measured.item(), abs=1e-5)
         assert len(set(ids[t])) == budgets[t] and set(ids[t]) <= set(range(V))
+
+
+def test_greedy_with_perceptual_loss(networks):
+    mae, video = tiny_mae(), normal_video(1)[0]
+    folders = {name: folder for name, (folder, _) in networks.items()}
+    mae.loss = ReconstructionLoss("l1+dinov2_reg+siglip2", "1+0.3+0.3", **folders)
+    (ids, losses), (naive_ids, naive_losses) = (f(mae.freeze(), video, [2, 1, 1, 1]) for f in (
+        label.greedy, label.greedy_naive))
+    assert ids == naive_ids
+    for a, b in zip(losses, naive_losses, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_every_pick_is_the_best(mae):

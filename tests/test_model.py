@@ -239,6 +239,48 @@ def test_other_frame_sizes_are_resized(gaze):
     assert torch.equal(gaze.generate(large, 0.3)["gazing_pos"], gaze.generate(small, 0.3)["gazing_pos"])
 
 
+@pytest.mark.parametrize("scales, patch, size, grids, tiles", [
+    ([24, 40], 8, (40, 40), [(3, 3), (5, 5)], (2, 2)), ("28+56", 7, (56, 56), [(4, 4), (8, 8)], (2, 2)),
+    (None, 16, (64, 64), [(2, 2), (4, 4)], (1, 1)), ([(16, 32), (32, 72)], None, (32, 72), [(2, 4), (4, 9)], (1, 3)),
+    ([16, 33], 8, (33, 33), [(2, 2), (4, 4)], (2, 2))])
+def test_tiles(gaze, scales, patch, size, grids, tiles):
+    """Each tile is gazed at as a clip of its own; its gazes come back at their place in the whole frame."""
+    target, p = dict(target_scales=scales, target_patch_size=patch), patch or 8
+    video, ratios = normal_video(2, side=max(size))[..., :size[0], :size[1]], torch.rand(2, 4)
+    out = gaze.generate(video, ratios, **target)
+    padded = F.pad(video, (0, tiles[1] * 4 * p - size[1], 0, tiles[0] * 4 * p - size[0]))
+    want = [torch.zeros(2, 4, tiles[0] * g, tiles[1] * g) for g in (2, 4)]
+    for i in range(tiles[0]):
+        for j in range(tiles[1]):
+            tile = padded[..., i * 4 * p:(i + 1) * 4 * p, j * 4 * p:(j + 1) * 4 * p]
+            for whole, mask, g in zip(want, gaze.generate(tile, ratios)["gazing_mask"], (2, 4), strict=True):
+                whole[:, :, i * g:(i + 1) * g, j * g:(j + 1) * g] = mask.view(2, 4, g, g)
+    want = [m[:, :, :h, :w].flatten(2) for m, (h, w) in zip(want, grids, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(out["gazing_mask"], want, strict=True))
+    want, count = torch.cat(want, dim=2), sum(h * w for h, w in grids)
+    assert out["num_gazing_each_frame"].tolist() == want.sum(2).amax(0).tolist()
+    for b in range(2):
+        for t, (ids, padded) in enumerate(split_frames(out)):
+            assert (ids - count * t)[b, ~padded[b]].tolist() == want[b, t].nonzero().flatten().tolist()
+    copies = gaze.generate(video, ratios.repeat(3, 1), num_copies=3, **target)
+    for a, b in zip(copies["gazing_mask"], out["gazing_mask"], strict=True):
+        assert torch.equal(a, b.repeat(3, 1, 1))
+    stream = gaze.stream(2, ratios, **target)
+    for t, frame in enumerate(video.unbind(1)):
+        assert all(torch.equal(a[:, 0], b[:, t])
+                   for a, b in zip(stream.step(frame)["gazing_mask"], out["gazing_mask"], strict=True))
+    larger = F.interpolate(video.flatten(0, 1), scale_factor=2).unflatten(0, (2, 4))
+    small = F.interpolate(larger.flatten(0, 1), size, mode="bicubic", align_corners=False).unflatten(0, (2, 4))
+    assert torch.equal(*(gaze.generate(v, 0.3, **target)["gazing_pos"] for v in (larger, small)))
+
+
+@pytest.mark.parametrize("target", [dict(target_scales="64"), dict(target_scales="16+32+64"),
+                                    dict(target_scales=[64, 64]), dict(target_scales=[4, 64])])
+def test_targets_that_do_not_fit(gaze, video, target):
+    with pytest.raises(ValueError, match="target_scales"):
+        gaze.generate(video, 0.3, **target)
+
+
 @pytest.mark.parametrize("kwargs, named", [
     (dict(gazing_ratio=0), "gazing_ratio"), (dict(gazing_ratio=1.5), "gazing_ratio"),
     (dict(gazing_ratio=-0.1), "gazing_ratio"),

@@ -170,30 +170,14 @@ def test_bad_losses(loss_type, weights):
         ReconstructionLoss(loss_type, weights)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Folders of tiny perceptual networks as transformers writes them; their weights are large enough to matter, their
-    dropout would show in training mode. DINOv2: patch 14 of 56 px, so 32 px are 2 x 2 patches at resized positions."""
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
-    root, sizes = tmp_path_factory.mktemp("networks"), dict(hidden_size=16, num_hidden_layers=5, num_attention_heads=2)
-    torch.manual_seed(0)
-    networks = {"dinov2_reg": Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
-        **sizes, image_size=56, patch_size=14, initializer_range=0.2, hidden_dropout_prob=0.5, drop_path_rate=0.5)),
-        "siglip2": SiglipVisionModel(SiglipVisionConfig(
-            **sizes, image_size=32, patch_size=8, intermediate_size=32, attention_dropout=0.5))}
-    for name, network in networks.items():
-        network.save_pretrained(root / name)
-    return {name: (root / name, network.eval()) for name, network in networks.items()}
-
-
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
 HALF = torch.full((2, 3, 1, 1), 0.5)
 
 
 @pytest.mark.parametrize("term, stats, skip", [("dinov2_reg", IMAGENET, 5), ("siglip2", HALF, 0)])
-def test_perceptual_terms(folders, term, stats, skip):
+def test_perceptual_terms(networks, term, stats, skip):
     """From a folder, against transformers' own hidden states; the same in a parent's training mode."""
-    folder, network = folders[term]
+    folder, network = networks[term]
     loss = ReconstructionLoss(f"{term}+l1", "2+0.5", **{term: str(folder)})
     assert not any(p.requires_grad for p in loss.parameters())
     a, b = normal_video(2, side=32, seed=3), normal_video(2, side=32, seed=4)
@@ -207,9 +191,9 @@ def test_perceptual_terms(folders, term, stats, skip):
     assert torch.nn.Sequential(loss).train()[0](a, loss.target(b)).equal(loss(a, loss.target(b)))
 
 
-def test_targets_are_computed_once_per_clip(folders, video):
+def test_targets_are_computed_once_per_clip(networks, video):
     mae, seen = tiny_mae(), []
-    mae.loss = ReconstructionLoss("siglip2", "1", siglip2=folders["siglip2"][0])
+    mae.loss = ReconstructionLoss("siglip2", "1", siglip2=networks["siglip2"][0])
     mae.loss.networks["siglip2"].embeddings.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     gazing = padded_gazing(12)
     loss = mae(video, gazing, [1, 3])[1]
@@ -217,16 +201,16 @@ def test_targets_are_computed_once_per_clip(folders, video):
     close(loss, mae(video.repeat(4, 1, 1, 1, 1), gazing, [1, 3])[1], rtol=1e-4, atol=1e-5)
 
 
-def test_where_networks_come_from(tmp_path, mae, folders):
+def test_where_networks_come_from(tmp_path, mae, networks):
     """The file's weights win over the folder's and may have either transformers' names; what we save has none."""
-    loss_of = dict(loss_type="dinov2_reg+siglip2", loss_weights="1+1", **{n: str(f) for n, (f, _) in folders.items()})
+    loss_of = dict(loss_type="dinov2_reg+siglip2", loss_weights="1+1", **{n: str(f) for n, (f, _) in networks.items()})
     mae.save_pretrained(tmp_path)
     again = VideoMAE.from_pretrained(tmp_path, **loss_of)
     want = again.loss(*(x := normal_video(1), again.loss.target(x.flip(0, 1))))
     again.save_pretrained(tmp_path / "b")
     assert load_file(tmp_path / "b/model.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
     new, old = dict(mae.state_dict()), dict(mae.state_dict())
-    for term, (folder, _) in folders.items():
+    for term, (folder, _) in networks.items():
         for n, t in load_file(folder / "model.safetensors").items():
             old[f"{term}.{n}"] = new[f"{term}.{n}"] = t + 0.1
     for k in list(old):
@@ -248,11 +232,11 @@ def test_where_networks_come_from(tmp_path, mae, folders):
         VideoMAE.from_pretrained(tmp_path / "videomae.pt", mae.config, **loss_of)
 
 
-def test_networks_that_are_not_there(tmp_path, folders):
-    (tmp_path / "config.json").write_text((folders["dinov2_reg"][0] / "config.json").read_text())
+def test_networks_that_are_not_there(tmp_path, networks):
+    (tmp_path / "config.json").write_text((networks["dinov2_reg"][0] / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match="dinov2_reg"):
         ReconstructionLoss("dinov2_reg", "1", dinov2_reg=tmp_path)
-    state = load_file(folders["dinov2_reg"][0] / "model.safetensors")
+    state = load_file(networks["dinov2_reg"][0] / "model.safetensors")
     state.pop("embeddings.register_tokens")
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="missing embeddings.register_tokens"):
