@@ -310,12 +310,10 @@ class Gaze(nn.Module):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
         from safetensors.torch import load_file
-        with torch.device("meta"):  # no time spent on weights that the file replaces
-            gaze = cls(GazeConfig.from_file(folder / "config.json"))
+        gaze = cls(GazeConfig.from_file(folder / "config.json"))
         file = folder / "model.safetensors"
         assign(gaze, load_file(file), f"{file} and its config.json", published_name)
-        gaze.decoder.frequencies = rope_frequencies(gaze.config)
-        return gaze.requires_grad_(True)
+        return gaze
 
     def save_pretrained(self, folder):
         """Write config.json + model.safetensors, readable by the published code. A file appears whole or not at all."""

@@ -34,7 +34,8 @@ NETWORKS = {"dinov2_reg": ("facebook/dinov2-with-registers-base", IMAGE_MEAN, IM
 # Names since transformers 5, in memory and as it writes them, against those of transformers 4 and of published files.
 NEW_NAMES = (("vit.layers.", "vit.encoder.layer."), ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
              ("attention.q_proj.", "attention.attention.query."), ("attention.k_proj.", "attention.attention.key."),
-             ("attention.v_proj.", "attention.attention.value."), ("attention.o_proj.", "attention.output.dense."))
+             ("attention.v_proj.", "attention.attention.value."), ("attention.o_proj.", "attention.output.dense."),
+             ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."))
 
 
 @dataclass
@@ -227,7 +228,8 @@ def read_tensors(path):
 
 
 def old_name(name):
-    """A parameter's name in transformers 4, whichever version it comes from."""
+    """A parameter's name as in transformers 4's ViTMAE, whichever version it comes from. The perceptual networks' names
+    become comparable: those of the file and those of the installed version go through it alike."""
     for new, old in NEW_NAMES:
         name = name.replace(new, old)
     return name.removeprefix("vision_model.")  # SigLIP's
@@ -285,8 +287,7 @@ class VideoMAE(nn.Module):
             if term in networks:
                 networks[term][old_name(rest)] = t
             else:
-                tensors[old_name(name).replace("mlp.fc1.", "intermediate.dense.")
-                        .replace("mlp.fc2.", "output.dense.")] = t
+                tensors[old_name(name)] = t
         if folder and not any(n in tensors for n in VIDEO_ONLY):
             std = mae.config.initializer_range
             tensors |= {n: torch.randn(mae.get_parameter(n).shape) * std for n in VIDEO_ONLY}
