@@ -733,22 +733,23 @@ def announce(hub_id):
 def download(hub_id, weights):
     """Fetch config.json and the first of the files `weights` that a hub repository has; their folder in the cache."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     announce(hub_id)
-    found, error = None, None
+    folder, error, offline = None, None, False
     for file in ("config.json", *weights):
         try:
-            found = hf_hub_download(hub_id, file)
+            folder = Path(hf_hub_download(hub_id, file, local_files_only=offline)).parent
         except EntryNotFoundError as e:
-            error = e
-        except Exception as e:  # whatever a wrong name or a broken line raises
-            error = e
+            error, offline = e, isinstance(e, LocalEntryNotFoundError)  # no connection: what is cached must do
+            continue
+        except Exception as e:  # whatever a wrong name or missing rights raise
+            folder, error = None, e
             break
-        if found and file in weights:
+        if file in weights:
             break
-    if found is None:
+    if folder is None:
         raise FileNotFoundError(f"{hub_id}: neither a folder here nor reachable on the hub ({type(error).__name__})")
-    return Path(found).parent
+    return folder
 
 
 def describe(config):
