@@ -307,6 +307,28 @@ def test_train_videomae(stages):
     assert (stages / "mae" / "val.png").stat().st_size > 1000
 
 
+def test_perceptual_losses_and_start_weights(run, networks, tmp_path):
+    """Fine-tune a ViTMAE of transformers with all three terms, resume it; the other stages take them too."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    sizes = dict(a[2:].split("=") for a in MAE if any(w in a for w in ("hidden", "mediate", "heads", "patch")))
+    config = ViTMAEConfig(image_size=32, **{k: int(v) for k, v in sizes.items()})
+    ViTMAEForPreTraining(config).save_pretrained(tmp_path / "start")
+    loss = ["--loss_type=l1+dinov2_reg+siglip2", "--loss_weights=1+0.3+0.3",
+            *(f"--{name}={folder}" for name, (folder, _) in networks.items())]
+    start = [*MAE, *loss, f"--init_from={tmp_path / 'start'}"]
+    run(train_videomae, start, "whole")
+    run(train_videomae, start, "halves", die_at=2)
+    run(train_videomae, [*start, "--init_from=resume"], "halves")
+    assert_same_metrics(metrics(tmp_path / "halves"), metrics(tmp_path / "whole"))
+    measured = []
+    for args in ([], loss):
+        run(train_ntp, [*NTP, *args, "--steps=1"], "ntp")
+        run(train_grpo, [*GRPO, *args, "--steps=1"], "grpo")
+        measured.append([r["val_loss"] for f in ("ntp", "grpo") for r in metrics(tmp_path / f).values()
+                         if "val_loss" in r][-1])
+    assert measured[1] > 1.01 * measured[0]
+
+
 def test_train_ntp(stages, toy):
     rows = metrics(stages / "ntp")
     steps = [r for r in rows.values() if "ntp" in r]
@@ -403,28 +425,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, 
     assert a["step"] == b["step"] > stop_at
     for name in a["model"]:
         torch.testing.assert_close(a["model"][name], b["model"][name], rtol=0, atol=1e-4, msg=name)
-
-
-def test_perceptual_losses_and_start_weights(run, networks, tmp_path):
-    """Fine-tune a ViTMAE of transformers with all three terms, resume it; the other stages take them too."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    sizes = dict(a[2:].split("=") for a in MAE if any(w in a for w in ("hidden", "mediate", "heads", "patch")))
-    config = ViTMAEConfig(image_size=32, **{k: int(v) for k, v in sizes.items()})
-    ViTMAEForPreTraining(config).save_pretrained(tmp_path / "start")
-    loss = ["--loss_type=l1+dinov2_reg+siglip2", "--loss_weights=1+0.3+0.3",
-            *(f"--{name}={folder}" for name, (folder, _) in networks.items())]
-    start = [*MAE, *loss, f"--init_from={tmp_path / 'start'}"]
-    run(train_videomae, start, "whole")
-    run(train_videomae, start, "halves", die_at=2)
-    run(train_videomae, [*start, "--init_from=resume"], "halves")
-    assert_same_metrics(metrics(tmp_path / "halves"), metrics(tmp_path / "whole"))
-    measured = []
-    for args in ([], loss):
-        run(train_ntp, [*NTP, *args, "--steps=1"], "ntp")
-        run(train_grpo, [*GRPO, *args, "--steps=1"], "grpo")
-        measured.append([r["val_loss"] for f in ("ntp", "grpo") for r in metrics(tmp_path / f).values()
-                         if "val_loss" in r][-1])
-    assert measured[1] > 1.01 * measured[0]
 
 
 def test_two_processes_train_alike(run, stages, toy, tmp_path):
