@@ -387,7 +387,7 @@ class VideoMAE(nn.Module):
 
 
 class ReconstructionLoss(nn.Module):
-    """Weighted sum of terms, each one number per frame (paper, section 3.3).
+    """Weighted sum of terms, each one number per frame.
 
     l1: mean |x̂ - x| over normalised pixels. dinov2_reg, siglip2: mean squared difference of the patch tokens' last four
     hidden states in that network, which is frozen. networks: {term: tensors} that the file `source` holds.
@@ -417,8 +417,7 @@ class ReconstructionLoss(nn.Module):
         network, (_, mean, std) = self.networks[term], NETWORKS[term]
         ours, theirs = ([torch.tensor(v, device=x.device).view(3, 1, 1) for v in pair]
                         for pair in ((IMAGE_MEAN, IMAGE_STD), (mean, std)))
-        pixels = ((x * ours[1] + ours[0] + 1) / 2 - theirs[0]) / theirs[1]
-        pixels = pixels.flatten(0, -4)
+        pixels = (((x * ours[1] + ours[0] + 1) / 2 - theirs[0]) / theirs[1]).flatten(0, -4)  # neither cut nor resized
         if term == "siglip2":
             h, layers, skip = network.embeddings(pixels, interpolate_pos_encoding=True), network.encoder.layers, 0
         else:  # CLS and registers come first
@@ -449,35 +448,33 @@ class ReconstructionLoss(nn.Module):
 
 
 def perceptual_network(term, folder, tensors, source):
-    """The network of a loss term: its weights are `tensors` (of the file `source`), if any, else the folder's or hub
-    id's; these give the sizes in any case."""
+    """The network of a loss term. Its weights are `tensors` (of the file `source`) or, if there are none, those of the
+    folder or hub id, which gives the sizes in any case (none: the published network)."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
-    kind, kind_config = {"dinov2_reg": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig),
-                         "siglip2": (SiglipVisionModel, SiglipVisionConfig)}[term]
+    kind, kind_config, sizes = {  # DINOv2's published sizes are not its defaults
+        "dinov2_reg": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, dict(image_size=518, patch_size=14)),
+        "siglip2": (SiglipVisionModel, SiglipVisionConfig, {})}[term]
     if not tensors:
         folder = folder or NETWORKS[term][0]
     if folder and not Path(folder).is_dir():
         announce(folder)
-    if not tensors:
-        try:
+    try:
+        if tensors:
+            with torch.device("meta"):
+                network, info = kind(kind_config.from_pretrained(folder) if folder else kind_config(**sizes)), {}
+        else:
             network, info = kind.from_pretrained(folder, output_loading_info=True)
-        except OSError as e:
-            raise FileNotFoundError(f"{term}={folder}: neither a folder with this network nor reachable on the hub, "
-                                    f"and the VideoMAE's file does not hold it ({type(e).__name__})") from e
-        if info["missing_keys"] or info["mismatched_keys"]:
-            wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-            raise ValueError(f"{term}={folder} is not such a network: missing {', '.join(wrong[:8])}")
-        return getattr(network, "vision_model", network).float()  # SigLIP in transformers 4 wraps it once more
-    # the published sizes, of which DINOv2's are not the defaults
-    sizes = {"image_size": 518, "patch_size": 14} if term == "dinov2_reg" else {}
-    with torch.device("meta"):
-        network = kind(kind_config.from_pretrained(folder) if folder else kind_config(**sizes))
-    network = getattr(network, "vision_model", network)
-    assign(network, tensors, f"{term} in {source} and its config", old_name)
-    if term == "siglip2":  # not in files
-        e = network.embeddings
-        e.position_ids = torch.arange(e.num_positions).unsqueeze(0)
-    return network
+    except OSError as e:
+        raise FileNotFoundError(f"{term}={folder}: neither a folder with this network nor reachable on the hub "
+                                f"({type(e).__name__}); the VideoMAE's file may hold its weights") from e
+    if info.get("missing_keys"):
+        raise ValueError(f"{term}={folder} lacks {', '.join(sorted(info['missing_keys'])[:8])}")
+    network = getattr(network, "vision_model", network)  # SigLIP in transformers 4 wraps it once more
+    if tensors:
+        assign(network, tensors, f"{term} in {source} and its config", old_name)
+    if tensors and term == "siglip2":  # not in files
+        network.embeddings.position_ids = torch.arange(network.embeddings.num_positions).unsqueeze(0)
+    return network.float()
 
 
 def load_videomae(cfg, device):

@@ -239,7 +239,7 @@ def test_networks_that_are_not_there(tmp_path, networks):
     state = load_file(networks["dinov2_reg"][0] / "model.safetensors")
     state.pop("embeddings.register_tokens")
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="missing embeddings.register_tokens"):
+    with pytest.raises(ValueError, match="lacks embeddings.register_tokens"):
         ReconstructionLoss("dinov2_reg", "1", dinov2_reg=tmp_path)
 
 
