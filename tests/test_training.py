@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -142,14 +143,30 @@ def test_clips_of_a_step(n, batch_size):
     assert n < batch_size or clips_per_step(n, batch_size, 1, 0, seed=4) != whole
     sampler = common.StepSampler(n, batch_size, 0, 1, 0, 3, 0, 9)
     stream = [i for batch in sampler for i in batch]
+    assert [i // n for i in stream] == sorted(i // n for i in stream), "an item says its epoch"
+    stream = [i % n for i in stream]
     epochs = [stream[i:i + n] for i in range(0, len(stream) - n + 1, n)]
     assert all(sorted(e) == list(range(n)) for e in epochs), "an epoch has every clip once"
     assert len(epochs) < 2 or epochs[0] != epochs[1]
 
 
-def test_uneven_ranks_are_refused():
-    with pytest.raises(ValueError, match="batch_size=5 .* 2 processes"):
-        common.StepSampler(8, 5, 0, 2, 0, 0, 0, 1)
+@pytest.mark.parametrize("batch_size, world, taken", [(8, 2, 8), (5, 2, 4), (7, 2, 8), (1, 4, 4), (64, 3, 63)])
+def test_a_batch_that_does_not_divide_is_adjusted_with_one_warning(batch_size, world, taken):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [common.divide_batch(batch_size, rank, world) for rank in range(world)] == [taken] * world
+    assert [f"batch_size={batch_size} " in str(w.message) for w in said] == [True] * (taken != batch_size)
+
+
+@pytest.mark.parametrize("micro, arithmetic", [
+    (0, "12 clips x 1 micro-batches"), (4, "4 clips x 3 micro-batches"), (9, "6 clips x 2 micro-batches"),
+    (5, "4 clips x 3 micro-batches"), (50, "12 clips x 1 micro-batches"), (8, "6 clips x 2 micro-batches")])
+def test_micro_batches_are_as_equal_as_can_be(micro, arithmetic):
+    sampler = common.StepSampler(50, 24, 1, 2, micro, 0, 0, 2)
+    assert sampler.arithmetic == f"batch 24 = {arithmetic} x 2 processes"
+    uneven = common.StepSampler(50, 7, 0, 1, 3, 0, 0, 1)
+    assert uneven.arithmetic == "batch 7 = (3 + 3 + 1) clips in 3 micro-batches x 1 processes"
+    assert [len(batch) for batch in uneven] == [3, 3, 1]
 
 
 @pytest.mark.parametrize("n, world", [(10, 1), (10, 3), (2, 4), (9, 2)])
@@ -247,12 +264,12 @@ RUN = ["--n_frames=4", "--device=cpu", "--n_workers=0", "--batch_size=4", "--mic
        "--log_every=1"]
 MAE = [*SIZES, *RUN, "--max_num_frames=8", "--num_hidden_layers=1", "--num_attention_heads=2",
        "--decoder_hidden_size=32", "--decoder_num_hidden_layers=1", "--decoder_num_attention_heads=2",
-       "--decoder_intermediate_size=64", "--recon_frames=2", "--ratio_max=0.4", "--steps=4", "--val_every=2"]
+       "--decoder_intermediate_size=64", "--recon_frames=2", "--ratio_max=0.4", "--steps=4", "--val_every=2", "--save_every=2"]
 NTP = [*SIZES, *RUN, "--num_layers=2", "--num_heads=4", "--num_multi_token_pred=3", "--epochs=4", "--save_every=3",
        "--val_every=3", "--lr=1e-3"]
 GRPO = [*RUN, "--group_size=3", "--recon_sample_rate=0.5", "--optimizer=adam", "--epochs=2.7", "--save_every=2",
         "--val_every=2", "--ratio=0.3"]
-TIMES = ("time", "ms_per_step", "rollout_s", "reward_s", "update_s")
+TIMES = ("time", "ms_per_step", "data_ms", "memory_gb", "rollout_s", "reward_s", "update_s")
 
 
 def launch(script, *args, cwd, processes=1):
@@ -369,17 +386,20 @@ def test_eval(stages, grpo, toy):
 
 @pytest.fixture
 def run(stages, toy, tmp_path, monkeypatch):
-    """run(script, args, folder, die_at=None): main() in this process, killed after the checkpoint of step die_at."""
+    """run(script, args, folder, die_at=None): main() in this process, killed in step die_at between two micro-batches."""
     files = {train_videomae: [], train_ntp: [f"--labels={stages / 'labels.json'}", f"--videomae={stages / 'mae'}"],
              train_grpo: [f"--init_from={stages / 'ntp'}", f"--videomae={stages / 'mae'}"]}
-    save_state = common.save_state
+    fetch = common.Feed.__next__
 
     def main(script, args, folder, die_at=None):
-        def save_and_die(path, state):
-            save_state(path, state)
-            if state["step"] == die_at:
+        fetched = []
+
+        def fetch_or_die(feed):
+            fetched.append(1)
+            if die_at is not None and len(fetched) == 2 * die_at + 2:
                 raise KeyboardInterrupt
-        monkeypatch.setattr(common, "save_state", save_and_die)
+            return fetch(feed)
+        monkeypatch.setattr(common.Feed, "__next__", fetch_or_die)
         argv = ["script", *files[script], *args, f"--root={toy}", f"--out_dir={tmp_path / folder}"]
         monkeypatch.setattr(sys, "argv", argv)
         torch.manual_seed(12345)
@@ -391,18 +411,25 @@ def run(stages, toy, tmp_path, monkeypatch):
     return main
 
 
-@pytest.mark.parametrize("script, args, stop_at", [
-    (train_videomae, MAE, 2), (train_videomae, [*MAE, "--crop=random"], 2), (train_ntp, NTP, 3),
-    (train_grpo, GRPO, 2)])
-def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, stop_at):
+@pytest.mark.parametrize("script, args, die_at", [
+    (train_videomae, MAE, 3), (train_videomae, [*MAE, "--crop=random", "--random_start=true", "--n_workers=1"], 2),
+    (train_ntp, [*NTP, "--save_every=2", "--mirror=true"], 3), (train_grpo, GRPO, 3),
+    (train_grpo, [*GRPO, "--split=dirichlet", "--crop=random", "--optimizer=sgd"], 2)])
+def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, die_at):
+    """Bit for bit, though it was killed in the middle of an epoch and of an accumulation, after its checkpoint."""
     run(script, args, "whole")
-    run(script, args, "halves", die_at=stop_at)
+    run(script, args, "halves", die_at=die_at)
     run(script, [*args, "--init_from=resume"], "halves")
-    assert_same_metrics(metrics(tmp_path / "halves"), metrics(tmp_path / "whole"))
+    whole, halves = ((tmp_path / f / "metrics.jsonl").read_text().splitlines() for f in ("whole", "halves"))
+    assert len(whole) == len(halves), "no row is missing or doubled"
+    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
     a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("halves", "whole"))
-    assert a["step"] == b["step"] > stop_at
+    assert a["step"] == b["step"] > die_at and a["best"] == b["best"]
     for name in a["model"]:
-        torch.testing.assert_close(a["model"][name], b["model"][name], rtol=0, atol=1e-4, msg=name)
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    for folder in ("best", "."):
+        a, b = ((tmp_path / f / folder / "model.safetensors").read_bytes() for f in ("halves", "whole"))
+        assert a == b, folder
 
 
 def test_two_processes_train_alike(run, stages, toy, tmp_path):
@@ -442,7 +469,7 @@ def test_every_process_draws_for_itself(run, monkeypatch, script, args, draw, re
                 states[rank].append(torch.get_rng_state().numpy().tobytes())
             return original(*args)
         monkeypatch.setattr(*draw, record)
-        monkeypatch.setattr(script, "DistributedDataParallel", Alone)
+        monkeypatch.setattr(common, "DistributedDataParallel", Alone)
         monkeypatch.setattr(common, "init_processes", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
         run(script, [*args, "--init_from=resume"] if resumed else args, "out")
     assert len(states[0]) == len(states[1]) > 1
