@@ -421,9 +421,8 @@ class PackedLabels:
         return (self.keys[at] == keys).tolist() if len(self) else [False] * len(keys)
 
     def __getitem__(self, key):
-        wanted = np.array(key.encode(), self.keys.dtype)
-        at = int(np.searchsorted(self.keys, wanted))
-        if at == len(self) or self.keys[at] != wanted:
+        at = int(np.searchsorted(self.keys, np.array(key.encode(), self.keys.dtype)))  # its own dtype: no copy of all
+        if at == len(self) or self.keys[at] != key.encode():
             raise KeyError(key)
         last = (int(self.row[at]) + 1) * self.n_frames
         cuts = self.ends[max(last - self.n_frames - 1, 0):last].tolist()

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import normal_video, tiny_gaze, tiny_mae
+from conftest import normal_video, tiny_gaze
 
 import common
-import label
 import train_grpo
 import train_ntp
 import train_videomae
@@ -244,18 +243,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
         common.check_finite(loss, 7, ["a/b/c.mp4"])
 
 
-@pytest.mark.parametrize("script, key", [
-    (train_ntp, "val_ratio=0"), (train_ntp, "epochs=0"), (train_ntp, "alpha=1,0"), (train_grpo, "group_size=1"),
-    (train_grpo, "recon_sample_rate=0.01"), (train_grpo, "temperature=0"), (train_grpo, "ratio_min=0.5"),
-    (train_videomae, "recon_frames=17"), (label, "ratio_max=2")])
-def test_settings_that_make_no_sense(script, key, monkeypatch, capsys):
-    """One line that names the key and exit code 2, before anything is loaded."""
-    monkeypatch.setattr(sys, "argv", ["script", f"--{key}"])
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    assert stop.value.code == 2 and key.split("=")[0].removesuffix("_min") in capsys.readouterr().err
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the scripts
 
@@ -264,7 +251,8 @@ RUN = ["--n_frames=4", "--device=cpu", "--n_workers=0", "--batch_size=4", "--mic
        "--log_every=1"]
 MAE = [*SIZES, *RUN, "--max_num_frames=8", "--num_hidden_layers=1", "--num_attention_heads=2",
        "--decoder_hidden_size=32", "--decoder_num_hidden_layers=1", "--decoder_num_attention_heads=2",
-       "--decoder_intermediate_size=64", "--recon_frames=2", "--ratio_max=0.4", "--steps=4", "--val_every=2", "--save_every=2"]
+       "--decoder_intermediate_size=64", "--recon_frames=2", "--ratio_max=0.4", "--steps=4", "--val_every=2",
+       "--save_every=2"]
 NTP = [*SIZES, *RUN, "--num_layers=2", "--num_heads=4", "--num_multi_token_pred=3", "--epochs=4", "--save_every=3",
        "--val_every=3", "--lr=1e-3"]
 GRPO = [*RUN, "--group_size=3", "--recon_sample_rate=0.5", "--optimizer=adam", "--epochs=2.7", "--save_every=2",
@@ -386,7 +374,7 @@ def test_eval(stages, grpo, toy):
 
 @pytest.fixture
 def run(stages, toy, tmp_path, monkeypatch):
-    """run(script, args, folder, die_at=None): main() in this process, killed in step die_at between two micro-batches."""
+    """run(script, args, folder, die_at=None): main() in this process, killed in step die_at, between micro-batches."""
     files = {train_videomae: [], train_ntp: [f"--labels={stages / 'labels.json'}", f"--videomae={stages / 'mae'}"],
              train_grpo: [f"--init_from={stages / 'ntp'}", f"--videomae={stages / 'mae'}"]}
     fetch = common.Feed.__next__
@@ -474,17 +462,3 @@ def test_every_process_draws_for_itself(run, monkeypatch, script, args, draw, re
         run(script, [*args, "--init_from=resume"] if resumed else args, "out")
     assert len(states[0]) == len(states[1]) > 1
     assert not set(states[0]) & set(states[1]), "some draws are the same"
-
-
-def test_things_that_do_not_fit(stages, toy, tmp_path, monkeypatch):
-    other = tiny_mae(scales="8+32")
-    other.save_pretrained(tmp_path / "mae")
-    for script, args, error, says in [
-            (train_grpo, [*GRPO, f"--videomae={tmp_path / 'mae'}", f"--init_from={stages / 'ntp'}"], ValueError,
-             r"scales 8\+32.*16\+32"),
-            (train_ntp, [*NTP, f"--labels={stages / 'labels.json'}", "--scales=8+32"], ValueError,
-             "labels.json.*other scales"),
-            (train_ntp, [*NTP, "--init_from=resume"], FileNotFoundError, "last.pt.*init_from=resume")]:
-        monkeypatch.setattr(sys, "argv", ["script", *args, f"--root={toy}", f"--out_dir={tmp_path}"])
-        with pytest.raises(error, match=says):
-            script.main()
