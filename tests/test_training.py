@@ -3,12 +3,14 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import rollouts_per_clip
 import torch
 from conftest import normal_video, tiny_gaze
 
@@ -260,13 +262,13 @@ GRPO = [*RUN, "--group_size=3", "--recon_sample_rate=0.5", "--optimizer=adam", "
 TIMES = ("time", "ms_per_step", "data_ms", "memory_gb", "rollout_s", "reward_s", "update_s")
 
 
-def launch(script, *args, cwd, processes=1):
+def launch(script, *args, cwd, processes=1, works=True):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *args]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert (done.returncode == 0) == works, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def metrics(folder):
@@ -374,24 +376,28 @@ def test_eval(stages, grpo, toy):
 
 @pytest.fixture
 def run(stages, toy, tmp_path, monkeypatch):
-    """run(script, args, folder, die_at=None): main() in this process, killed in step die_at, between micro-batches."""
+    """run(script, args, folder, die_at=None): main() in this process, in whose step die_at, between micro-batches,
+    `die` is called: by default it raises, as if killed."""
     files = {train_videomae: [], train_ntp: [f"--labels={stages / 'labels.json'}", f"--videomae={stages / 'mae'}"],
              train_grpo: [f"--init_from={stages / 'ntp'}", f"--videomae={stages / 'mae'}"]}
     fetch = common.Feed.__next__
 
-    def main(script, args, folder, die_at=None):
+    def killed():
+        raise KeyboardInterrupt
+
+    def main(script, args, folder, die_at=None, die=killed):
         fetched = []
 
         def fetch_or_die(feed):
             fetched.append(1)
             if die_at is not None and len(fetched) == 2 * die_at + 2:
-                raise KeyboardInterrupt
+                die()
             return fetch(feed)
         monkeypatch.setattr(common.Feed, "__next__", fetch_or_die)
         argv = ["script", *files[script], *args, f"--root={toy}", f"--out_dir={tmp_path / folder}"]
         monkeypatch.setattr(sys, "argv", argv)
         torch.manual_seed(12345)
-        if die_at is None:
+        if die_at is None or die is not killed:
             script.main()
         else:
             with pytest.raises(KeyboardInterrupt):
@@ -408,11 +414,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, 
     run(script, args, "whole")
     run(script, args, "halves", die_at=die_at)
     run(script, [*args, "--init_from=resume"], "halves")
+    assert_same_run(tmp_path)
+
+
+def assert_same_run(tmp_path):
+    """The runs in the folders whole and halves have left the same, whatever happened to the second one."""
     whole, halves = ((tmp_path / f / "metrics.jsonl").read_text().splitlines() for f in ("whole", "halves"))
     assert len(whole) == len(halves), "no row is missing or doubled"
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
     a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("halves", "whole"))
-    assert a["step"] == b["step"] > die_at and a["best"] == b["best"]
+    assert a["step"] == b["step"] and a["best"] == b["best"]
     for name in a["model"]:
         assert torch.equal(a["model"][name], b["model"][name]), name
     for folder in ("best", "."):
@@ -420,17 +431,81 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, 
         assert a == b, folder
 
 
-def test_two_processes_train_alike(run, stages, toy, tmp_path):
-    """Same losses and weights as one process with that batch size. SGD, as Adam hides a wrong scale of gradients."""
-    args = [*NTP, "--optimizer=sgd", "--lr=0.1"]
-    out = launch("train_ntp.py", *args, f"--root={toy}", "--labels=labels.json", "--videomae=mae",
+@pytest.mark.parametrize("script, args", [(train_ntp, NTP), (train_grpo, GRPO), (train_videomae, MAE)])
+def test_sigterm_saves_and_leaves(run, tmp_path, script, args):
+    """A preempted job: the step is finished, last.pt written, the script returns, and the run goes on from there."""
+    run(script, args, "whole")
+    run(script, args, "halves", die_at=2, die=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert torch.load(tmp_path / "halves" / "last.pt", weights_only=True)["step"] == 3
+    run(script, [*args, "--init_from=resume"], "halves")
+    assert_same_run(tmp_path)
+
+
+KILLED_WRITING = """
+import io, os, signal, sys, torch
+sys.path.insert(0, sys.argv.pop(1))
+import train_ntp
+save, calls = torch.save, []
+
+def save_half_the_third(state, file):
+    calls.append(1)
+    if len(calls) < 3:
+        return save(state, file)
+    whole = io.BytesIO()
+    save(state, whole)
+    file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half_the_third
+train_ntp.main()
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(run, stages, toy, tmp_path):
+    args = [*NTP, "--save_every=1"]
+    run(train_ntp, args, "whole")
+    (tmp_path / "killed.py").write_text(KILLED_WRITING)
+    launch(tmp_path / "killed.py", ROOT, *args, f"--labels={stages / 'labels.json'}", f"--videomae={stages / 'mae'}",
+           f"--root={toy}", f"--out_dir={tmp_path / 'halves'}", cwd=tmp_path, works=False)
+    assert (tmp_path / "halves" / "last.pt.tmp").exists()
+    assert torch.load(tmp_path / "halves" / "last.pt", weights_only=True)["step"] == 1
+    run(train_ntp, [*args, "--init_from=resume"], "halves")
+    assert_same_run(tmp_path)
+
+
+STEPS = ["--steps=20", "--batch_size=8", "--val_every=20", "--save_every=20", "--val_clips=2", "--optimizer=sgd"]
+
+
+@pytest.mark.parametrize("script, args", [(train_ntp, [*NTP, "--lr=0.02"]), (train_grpo, [*GRPO, "--lr=0.01"])])
+def test_one_process_two_processes_and_accumulation_train_alike(run, stages, toy, tmp_path, monkeypatch, script, args):
+    """Losses of 20 steps with batch 8, 4 + 4 and 2 x 4. SGD, as Adam hides a wrong scale of gradients."""
+    monkeypatch.setattr(train_grpo, "roll_out", rollouts_per_clip.roll_out)
+    for name, micro in (("one", 8), ("accumulated", 4)):
+        run(script, [*args, *STEPS, f"--micro_batch={micro}"], name)
+    files = ["--labels=labels.json"] if script is train_ntp else ["--init_from=ntp"]
+    path = "train_ntp.py" if script is train_ntp else rollouts_per_clip.__file__
+    out = launch(path, *args, *STEPS, *files, "--micro_batch=4", f"--root={toy}", "--videomae=mae",
                  f"--out_dir={tmp_path / 'two'}", cwd=stages, processes=2)
-    assert "batch 4 = 2 clips x 1 micro-batches x 2 processes" in out
-    run(train_ntp, args, "one")
-    assert_same_metrics(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
-    one, two = (Gaze.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5, msg=name)
+    assert "batch 8 = 4 clips x 1 micro-batches x 2 processes" in out
+    runs = {name: {key: row for key, row in metrics(tmp_path / name).items() if key[0] > 0}
+            for name in ("one", "two", "accumulated")}
+    moved = Gaze.from_pretrained(tmp_path / "one").state_dict()
+    assert any((v - moved[k]).abs().max() > 1e-3 for k, v in Gaze.from_pretrained(stages / "ntp").state_dict().items())
+    for name in ("two", "accumulated"):
+        assert runs["one"].keys() == runs[name].keys() and len(runs[name]) == 21
+        for key, row in runs["one"].items():
+            for field in {"ntp", "task_error", "reward", "measured", "reward_spread"} & row.keys():
+                assert row[field] == pytest.approx(runs[name][key][field], abs=1e-5), (name, key, field)
+        for k, v in Gaze.from_pretrained(tmp_path / name).state_dict().items():
+            torch.testing.assert_close(v, moved[k], rtol=0, atol=1e-5, msg=k)
+
+
+def test_processes_with_different_settings_are_refused(stages, toy, tmp_path):
+    (tmp_path / "c.py").write_text("import os\nlr = 0.1 if os.environ['RANK'] == '0' else 0.2\n")
+    out = launch("train_ntp.py", *NTP, tmp_path / "c.py", f"--root={toy}", "--labels=labels.json", "--out_dir=none",
+                 cwd=stages, processes=2, works=False)
+    assert "process 1 has lr=0.2, process 0 0.1: start all processes with the same command" in out
 
 
 class Alone:
