@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -346,7 +347,8 @@ def test_train_grpo_self(grpo):
 
 
 @pytest.mark.parametrize("split, more", [
-    ("dirichlet", ["--gazing_ratio=exponential", "--policy=reference", "--optimizer=sgd"]),
+    ("dirichlet", ["--gazing_ratio=exponential", "--policy=reference", "--optimizer=sgd", "--val_split=dirichlet"]),
+    ("uniform", ["--stop_early=true", "--requirement=fixed", "--task_loss_requirement=0.9", "--reward_batch=2"]),
     ("mean", ["--temperature_end=0.5", "--val_ratio=0.75", "--val_requirement=0.9", "--micro_batch=0"])])
 def test_train_grpo_other_splits(stages, toy, tmp_path, split, more):
     launch("train_grpo.py", *GRPO, f"--root={toy}", "--videomae=mae", "--init_from=ntp", f"--out_dir={tmp_path}",
@@ -408,7 +410,7 @@ def run(stages, toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, args, die_at", [
     (train_videomae, MAE, 3), (train_videomae, [*MAE, "--crop=random", "--random_start=true", "--n_workers=1"], 2),
     (train_ntp, [*NTP, "--save_every=2", "--mirror=true"], 3), (train_grpo, GRPO, 3),
-    (train_grpo, [*GRPO, "--split=dirichlet", "--crop=random", "--optimizer=sgd"], 2)])
+    (train_grpo, [*GRPO, "--split=dirichlet", "--crop=random", "--optimizer=sgd", "--dtype=float16"], 2)])
 def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, die_at):
     """Bit for bit, though it was killed in the middle of an epoch and of an accumulation, after its checkpoint."""
     run(script, args, "whole")
@@ -506,6 +508,41 @@ def test_processes_with_different_settings_are_refused(stages, toy, tmp_path):
     out = launch("train_ntp.py", *NTP, tmp_path / "c.py", f"--root={toy}", "--labels=labels.json", "--out_dir=none",
                  cwd=stages, processes=2, works=False)
     assert "process 1 has lr=0.2, process 0 0.1: start all processes with the same command" in out
+
+
+@pytest.mark.parametrize("script, args", [(train_ntp, NTP), (train_grpo, GRPO), (train_videomae, MAE)])
+def test_half_precision(run, tmp_path, script, args):
+    """Losses close to those of float32; float16 keeps the state of its gradient scaler."""
+    first = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        run(script, [*args, f"--dtype={dtype}", "--steps=2", "--val_every=9", "--compile=true"], dtype)
+        row = next(r for r in metrics(tmp_path / dtype).values() if "lr" in r)
+        first[dtype] = row["measured" if script is train_grpo else "ntp" if script is train_ntp else "loss"]
+        scaler = torch.load(tmp_path / dtype / "last.pt", weights_only=True)["scaler"]
+        assert bool(scaler) == (dtype == "float16")
+    assert first["bfloat16"] == pytest.approx(first["float32"], rel=0.05) and len(set(first.values())) > 1
+    assert first["float16"] == pytest.approx(first["float32"], rel=0.02)
+
+
+def test_rewards_in_parts(gaze, mae):
+    """reward_batch changes memory, not losses; padded slots and unequal budgets included."""
+    video, frames = normal_video(2), [1, 3]
+    gazing = gaze.generate(video, torch.rand(6, 4), temperature=1.0, num_copies=3)
+    whole = mae(video, gazing, frames)[1]
+    for most in (0, 1, 2, 4, 5, 100):
+        torch.testing.assert_close(train_grpo.measure(mae, video, gazing, frames, most), whole)
+
+
+def test_wandb_mirrors_the_metrics(tmp_path, monkeypatch):
+    logged = []
+    fake = types.SimpleNamespace(init=lambda **about: logged.append(about) or fake,
+                                 log=lambda row, step: logged.append((step, row)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    cfg = train_grpo.Config(out_dir=str(tmp_path / "run"), wandb="project")
+    common.Log(cfg, 0, 1, torch.device("cpu"), []).write(3, reward=0.5, per_scale=[0.25, 0.75])
+    assert logged[0]["project"] == "project" and logged[0]["config"]["gamma"] == 0.995
+    step, row = logged[1]
+    assert step == 3 and row["reward"] == 0.5 and row["per_scale/1"] == 0.75 and "per_scale" not in row
 
 
 class Alone:
