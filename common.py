@@ -37,6 +37,15 @@ def init_processes(device="auto"):
     return rank, world, torch.device(device)
 
 
+def start(cfg):
+    """What every training run begins with. Returns (rank, world, device); may adjust cfg.batch_size."""
+    rank, world, device = init_processes(cfg.device)
+    check_same(**asdict(cfg))
+    stop_on_sigterm()
+    cfg.batch_size = divide_batch(cfg.batch_size, rank, world)
+    return rank, world, device
+
+
 def seed_step(seed, step, rank, world):
     """Random numbers of a step depend on step and rank only, so a resumed run draws what it would have drawn."""
     torch.manual_seed((seed * 1_000_003 + step) * world + rank)
@@ -95,9 +104,10 @@ def stopping():
     return all_sum(len(STOP))[0] > 0
 
 
-def prepare(module, cfg, world, device):
+def prepare(module, optimizer, cfg, world, device, resumed):
     """(module for training passes, context of its gradient sync, autocast, gradient scaler, a line that says so).
 
+    resumed: a checkpoint whose optimizer and scaler go on, or None.
     sync(last): gradients travel between processes in the last micro-batch of a step only; it has to enclose the forward
     pass too. compile works in place, so parameter names in checkpoints stay.
     """
@@ -108,6 +118,9 @@ def prepare(module, cfg, world, device):
     torch.backends.cudnn.allow_tf32 = cfg.tf32
     autocast = torch.autocast(device.type, torch.float16 if name == "float16" else torch.bfloat16, name != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
     compiled = cfg.compile and device.type != "cpu"
     if compiled:
         module.compile()
@@ -117,6 +130,13 @@ def prepare(module, cfg, world, device):
         return contextlib.nullcontext() if last or world == 1 else ddp.no_sync()
     line = f"precision {name}, TF32 {'on' if cfg.tf32 and device.type == 'cuda' else 'off'}, compiled: {compiled}"
     return ddp, sync, autocast, scaler, line + (" (never on a CPU)" if cfg.compile and not compiled else "")
+
+
+def update(optimizer, scaler):
+    """One step with the gradients that have gathered; in float16 a step whose gradients overflow is left out."""
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def finish():
@@ -395,6 +415,13 @@ def load_state(out, cfg, world, fixed):
     if changed and os.environ.get("RANK", "0") == "0":
         print(f"note: resumed with other settings than before, so not the same run: {', '.join(changed)}")
     return state
+
+
+def keep_best(module, out, loss, best, rank):
+    """Write out/best if this validation loss is the lowest so far. Returns the lowest."""
+    if rank == 0 and loss < best:
+        module.save_pretrained(Path(out) / "best")
+    return min(loss, best)
 
 
 def state_of(step, module, optimizer, scaler, best, cfg, world):

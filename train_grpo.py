@@ -13,7 +13,7 @@ model.safetensors}.
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -175,10 +175,7 @@ def measure(mae, video, gazing, frames, most):
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.init_processes(cfg.device)
-    common.check_same(**asdict(cfg))
-    common.stop_on_sigterm()
-    cfg.batch_size = common.divide_batch(cfg.batch_size, rank, world)
+    rank, world, device = common.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- models
@@ -218,11 +215,7 @@ def main():
 
     # ---- optimizer
     optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-    ddp, sync, autocast, scaler, precision = common.prepare(gaze, cfg, world, device)
-    if resumed:
-        scaler.load_state_dict(resumed["scaler"])
+    ddp, sync, autocast, scaler, precision = common.prepare(gaze, optimizer, cfg, world, device, resumed)
     n_recon = int(cfg.recon_sample_rate * cfg.n_frames)
     log = common.Log(cfg, rank, world, device, [
         f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters; "
@@ -242,9 +235,7 @@ def main():
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2][0],
                           title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-            if rank == 0 and metrics["val_loss"] < best:
-                gaze.save_pretrained(out / "best")
-            best = min(best, metrics["val_loss"])
+            best = common.keep_best(gaze, out, metrics["val_loss"], best, rank)
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)
             common.save_state(out / "last.pt", common.state_of(step, gaze, optimizer, scaler, best, cfg, world))
@@ -287,9 +278,7 @@ def main():
                 real.sum() / (len(real) * cfg.n_frames), predicted.detach().mean(), loss.mean(), error.detach()])
             per_scale += share * torch.stack([m.sum().cpu() for m in gazing["gazing_mask"]]) / real.sum().cpu()
         common.check_finite(stats.sum().item(), step, keys)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
             *means, n_bad = common.all_sum(
                 *(x / world for x in [*stats.tolist(), *per_scale.tolist()]), len(unreadable))

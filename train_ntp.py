@@ -11,7 +11,7 @@ each of them (paper, section 3.4). Writes out_dir/{config.json, model.safetensor
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -137,10 +137,7 @@ def label_loss(gaze, loader, device):
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.init_processes(cfg.device)
-    common.check_same(**asdict(cfg))
-    common.stop_on_sigterm()
-    cfg.batch_size = common.divide_batch(cfg.batch_size, rank, world)
+    rank, world, device = common.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- model
@@ -179,11 +176,7 @@ def main():
 
     # ---- optimizer
     optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-    ddp, sync, autocast, scaler, precision = common.prepare(gaze, cfg, world, device)
-    if resumed:
-        scaler.load_state_dict(resumed["scaler"])
+    ddp, sync, autocast, scaler, precision = common.prepare(gaze, optimizer, cfg, world, device, resumed)
     log = common.Log(cfg, rank, world, device, [
         f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters, "
         f"{common.count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
@@ -199,9 +192,7 @@ def main():
             metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
             labelled = label_loss(gaze, val_loader, device)
             log.write(step, total, step - start, **labelled, **metrics)
-            if rank == 0 and labelled["val_ntp"] < best:
-                gaze.save_pretrained(out / "best")
-            best = min(best, labelled["val_ntp"])
+            best = common.keep_best(gaze, out, labelled["val_ntp"], best, rank)
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], gaze.config,
                           reconstruction=picture[2] if mae is None else picture[2][0],
@@ -230,9 +221,7 @@ def main():
                 scaler.scale(loss).backward()
             sums = [sums[0] + nll.item(), sums[1] + error.item()]
         common.check_finite(sum(sums), step, [k for b in batches for k in b["key"]])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
             nll, error, n_bad = common.all_sum(*sums, len(unreadable))
             log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr,

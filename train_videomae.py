@@ -113,10 +113,7 @@ def evaluate(mae, clips, loader, cfg, device):
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.init_processes(cfg.device)
-    common.check_same(**asdict(cfg))
-    common.stop_on_sigterm()
-    cfg.batch_size = common.divide_batch(cfg.batch_size, rank, world)
+    rank, world, device = common.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- model
@@ -151,11 +148,7 @@ def main():
     rest = [p for p in mae.parameters() if p.requires_grad and p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, cfg.beta2))
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-    ddp, sync, autocast, scaler, precision = common.prepare(mae, cfg, world, device)
-    if resumed:
-        scaler.load_state_dict(resumed["scaler"])
+    ddp, sync, autocast, scaler, precision = common.prepare(mae, optimizer, cfg, world, device, resumed)
     log = common.Log(cfg, rank, world, device, [
         f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "
         f"{common.count_parameters(mae.vit) / 1e6:.2f} M encoder + "
@@ -175,9 +168,7 @@ def main():
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],
                           title=f"step {step}: loss {val_loss:.3f}")
-            if rank == 0 and val_loss < best:
-                mae.save_pretrained(out / "best")
-            best = min(best, val_loss)
+            best = common.keep_best(mae, out, val_loss, best, rank)
             mae.train()
         if (step % cfg.save_every == 0 or step == cfg.steps or stop) and rank == 0:
             mae.save_pretrained(out)
@@ -206,9 +197,7 @@ def main():
         common.check_finite(step_loss, step, keys)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), cfg.clip_grad).item()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
             loss, n_bad = common.all_sum(step_loss / world, len(unreadable))
             log.write(step + 1, cfg.steps, step + 1 - start, loss=loss, lr=lr, grad_norm=grad_norm,
