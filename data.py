@@ -297,7 +297,11 @@ def load_labels(path):
     """{key: {"gazing_pos": ids + V*t per frame, "task_losses": per frame}}; task_losses[t][j] is the reconstruction
     loss of frame t after its gaze j. path: a JSON file, read into memory, or what `pack_labels` made of it."""
     if Path(path).is_dir():
-        return PackedLabels(path)
+        labels = PackedLabels(path)
+        source, size = labels.source["path"], labels.source["bytes"]
+        if os.path.exists(source) and os.path.getsize(source) != size and os.environ.get("RANK", "0") == "0":
+            warnings.warn(f"labels={path}: {source} has changed since it was packed", stacklevel=2)
+        return labels
     with open(path, encoding="utf-8") as f:
         try:
             labels = json.load(f)
@@ -390,7 +394,7 @@ class PackedLabels:
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
             n, self.n_frames, n_gazes, width = (self.meta[k] for k in ("clips", "frames", "gazes", "key_bytes"))
-            version, source = self.meta["version"], self.meta["source"]
+            version, self.source = self.meta["version"], self.meta["source"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"labels={path}: not a folder written by `python data.py pack` ({error})") from error
         if version != PACKED_VERSION:
@@ -402,8 +406,6 @@ class PackedLabels:
             if have != want:
                 raise ValueError(f"{file} has {have} bytes, {want} expected: copied in part? Pack again")
             setattr(self, name, np.memmap(file, dtype, "r").view(np.ndarray) if size else np.zeros(0, dtype))
-        if os.path.exists(source["path"]) and os.path.getsize(source["path"]) != source["bytes"]:
-            warnings.warn(f"labels={path}: {source['path']} has changed since it was packed", stacklevel=3)
 
     def __reduce__(self):
         return PackedLabels, (self.path,)

@@ -19,7 +19,7 @@ import common
 import train_grpo
 import train_ntp
 import train_videomae
-from data import collate_gaze
+from data import collate_gaze, pack_labels
 from model import Gaze, join_frames, split_frames
 from train_grpo import discounted_advantages, grpo_loss
 from train_ntp import ntp_loss
@@ -296,7 +296,8 @@ def stages(tmp_path_factory, toy):
     launch("train_videomae.py", *MAE, f"--root={toy}", "--out_dir=mae", cwd=folder)
     launch("label.py", f"--root={toy}", "--videomae=mae", "--out=labels.json", "--n_frames=4", "--device=cpu",
            cwd=folder)
-    launch("train_ntp.py", *NTP, f"--root={toy}", "--labels=labels.json", "--videomae=mae", "--out_dir=ntp",
+    pack_labels(folder / "labels.json")
+    launch("train_ntp.py", *NTP, f"--root={toy}", "--labels=labels.packed", "--videomae=mae", "--out_dir=ntp",
            "--n_workers=1", cwd=folder)
     return folder
 
