@@ -1,5 +1,6 @@
 """What all stages must agree on: processes, order of the data, gaze budgets, checkpoints and logs. Nothing clever."""
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -114,8 +115,9 @@ def prepare(module, optimizer, cfg, world, device, resumed):
     name = cfg.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = cfg.tf32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = cfg.tf32
     autocast = torch.autocast(device.type, torch.float16 if name == "float16" else torch.bfloat16, name != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
     if resumed:
@@ -140,7 +142,6 @@ def update(optimizer, scaler):
 
 
 def finish():
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -348,6 +349,8 @@ def check_settings(cfg):
             raise ValueError(f"{key}={value} must lie in (0, 1], it is a share of the patches")
         if key in ("epochs", "lr", "ratio_rate") and value <= 0 or key == "lr_end" and value < 0:
             raise ValueError(f"{key}={value} must be above 0")
+        if key == "wandb" and value and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"wandb={value} needs the package: pip install wandb, or --wandb=none")
         if key == "warmup" and not 0 <= value < 1:
             raise ValueError(f"warmup={value} must lie in [0, 1), it is a share of the steps")
         for name in ("ratio", "requirement"):
@@ -453,10 +456,7 @@ class Log:
         os.replace(tmp, path)
         self.file = open(path, "a")
         if cfg.wandb:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ValueError(f"wandb={cfg.wandb} needs the package: pip install wandb, or --wandb=none") from error
+            import wandb
             self.wandb = wandb.init(project=cfg.wandb, name=self.out_dir.name, config=asdict(cfg))
 
     def write(self, step, total=None, done=0, **metrics):
