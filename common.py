@@ -412,7 +412,7 @@ def load_state(out, cfg, world, fixed):
     free = {"init_from", "out_dir", "device", "n_workers", "cache", "log_every", "wandb"}
     now = asdict(cfg) | {"processes": world}
     changed = [f"{k}={now[k]!r} (was {was[k]!r})" for k in now if k in was and k not in free and now[k] != was[k]]
-    if any(now[k] != was.get(k, now[k]) for k in fixed):
+    if any(now[k] != was.get(k, now[k]) for k in fixed & now.keys()):
         raise ValueError(f"{path} was made with other settings: {', '.join(changed)}. Use those, or start anew from "
                          "its weights with init_from=FOLDER")
     if changed and os.environ.get("RANK", "0") == "0":

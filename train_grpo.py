@@ -181,7 +181,7 @@ def main():
     # ---- models
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        resumed = common.load_state(out, cfg, world, ("n_frames",))
+        resumed = common.load_state(out, cfg, world, {"n_frames"})
         start, best = resumed["step"], resumed["best"]
         gaze = Gaze.from_pretrained(out)
         gaze.load_state_dict(resumed["model"])

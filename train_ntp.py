@@ -144,9 +144,7 @@ def main():
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        sizes = ("scales", "patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size",
-                 "num_multi_token_pred", "n_frames")
-        resumed = common.load_state(out, cfg, world, sizes)
+        resumed = common.load_state(out, cfg, world, {*GazeConfig.__dataclass_fields__, "n_frames"})
         start, best = resumed["step"], resumed["best"]
         gaze = Gaze.from_pretrained(out)  # for its config.json: sizes may come from what the run started from
         gaze.load_state_dict(resumed["model"])

@@ -12,7 +12,7 @@ is the mean absolute error of a few randomly chosen frames. Writes out_dir/{conf
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -121,7 +121,7 @@ def main():
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        resumed = common.load_state(out, cfg, world, asdict(model_cfg).keys() & asdict(cfg).keys())
+        resumed = common.load_state(out, cfg, world, VideoMAEConfig.__dataclass_fields__.keys())
         start, best = resumed["step"], resumed["best"]
         mae = VideoMAE(model_cfg)
         mae.load_state_dict(resumed["model"])
