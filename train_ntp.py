@@ -61,8 +61,7 @@ class Config:
     task_loss_weight: float = 1.0      # of the loss-prediction error
     # validation
     val_ratio: float = 0.1             # gazing ratio (published)
-    val_split: Literal["uniform", "dirichlet", "mean"] = "mean"  # over frames: all equal, one random draw for all
-    #                                    evaluations (published), or its mean, in proportion to alpha
+    val_split: Literal["uniform", "dirichlet", "mean"] = "mean"  # dirichlet: one draw for all evaluations (published)
     val_requirement: float | None = None  # stop a frame at this predicted loss (published: none)
     alpha: str = "10,3"                # relative budget of the frames, the last value repeated
     val_clips: int = 256               # clips of the validation set that are used
