@@ -1,17 +1,23 @@
 """What all stages must agree on: processes, order of the data, gaze budgets, checkpoints and logs. Nothing clever."""
+import contextlib
+import importlib.util
 import json
 import math
 import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from data import normalize
 
@@ -30,6 +36,15 @@ def init_processes(device="auto"):
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world, torch.device(device)
+
+
+def start(cfg):
+    """What every training run begins with. Returns (rank, world, device); may adjust cfg.batch_size."""
+    rank, world, device = init_processes(cfg.device)
+    check_same(**asdict(cfg))
+    stop_on_sigterm()
+    cfg.batch_size = divide_batch(cfg.batch_size, rank, world)
+    return rank, world, device
 
 
 def seed_step(seed, step, rank, world):
@@ -51,9 +66,79 @@ def all_sum(*values):
     return t.tolist()
 
 
+def now(device):
+    """Seconds, when the device has done all it was given: only then do differences mean something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def check_same(**values):
+    """ValueError on every rank, naming what differs, unless all processes come with the same values."""
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, values)
+    for rank, theirs in enumerate(everyone):
+        for key in values.keys() | theirs.keys():
+            if theirs.get(key) != everyone[0].get(key):
+                raise ValueError(f"process {rank} has {key}={theirs.get(key)!r}, process 0 {everyone[0].get(key)!r}: "
+                                 "start all processes with the same command and the same data")
+
+
+STOP = []  # signals that asked for an end
+
+
+def stop_on_sigterm():
+    """From now on SIGTERM (a preempted job) only makes stopping() true, so that the loop can save and leave."""
+    STOP.clear()
+    signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
+
+
+def stopping():
+    """Whether any process was asked to end. All ranks call it at the same place, so they leave at the same step."""
+    return all_sum(len(STOP))[0] > 0
+
+
+def prepare(module, optimizer, cfg, world, device, resumed):
+    """(module for training passes, context of its gradient sync, autocast, gradient scaler, a line that says so).
+
+    resumed: a checkpoint whose optimizer and scaler go on, or None.
+    sync(last): gradients travel between processes in the last micro-batch of a step only; it has to enclose the forward
+    pass too. compile works in place, so parameter names in checkpoints stay.
+    """
+    name = cfg.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = cfg.tf32
+    autocast = torch.autocast(device.type, torch.float16 if name == "float16" else torch.bfloat16, name != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+    compiled = cfg.compile and device.type != "cpu"
+    if compiled:
+        module.compile()
+    ddp = DistributedDataParallel(module) if world > 1 else module
+
+    def sync(last):
+        return contextlib.nullcontext() if last or world == 1 else ddp.no_sync()
+    line = f"precision {name}, TF32 {'on' if cfg.tf32 and device.type == 'cuda' else 'off'}, compiled: {compiled}"
+    return ddp, sync, autocast, scaler, line + (" (never on a CPU)" if cfg.compile and not compiled else "")
+
+
+def update(optimizer, scaler):
+    """One step with the gradients that have gathered; in float16 a step whose gradients overflow is left out."""
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def finish():
@@ -66,11 +151,21 @@ def finish():
 # data order
 
 
+def divide_batch(batch_size, rank, world):
+    """batch_size, or with one warning the nearest multiple of the number of processes."""
+    whole = max(1, round(batch_size / world)) * world
+    if whole != batch_size and rank == 0:
+        warnings.warn(f"batch_size={batch_size} does not divide among {world} processes: taken as {whole}",
+                      stacklevel=2)
+    return whole
+
+
 class StepSampler:
     """Batches of dataset indices for steps start..total-1, a pure function of (seed, step): resuming needs no state.
 
     All ranks walk one endless shuffled stream; step s takes `batch_size` items of it and every rank its equal share, so
-    the clips of a step do not depend on the number of ranks. Each share is cut into micro-batches of at most `micro`.
+    the clips of a step do not depend on the number of ranks. Each share is cut into micro-batches of at most `micro`,
+    as equal as possible. An item is index + n · epoch, as data.Clips takes it.
     """
 
     def __init__(self, n, batch_size, rank, world, micro, seed, start, total):
@@ -78,15 +173,20 @@ class StepSampler:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {world} processes")
         self.n, self.batch_size, self.rank, self.seed, self.start, self.total = n, batch_size, rank, seed, start, total
         self.local = batch_size // world
-        self.micro = min(micro or self.local, self.local)
-        self.n_micro = math.ceil(self.local / self.micro)
+        self.n_micro = math.ceil(self.local / min(micro or self.local, self.local))
+        self.micro = math.ceil(self.local / self.n_micro)
+        sizes = [len(range(i, min(i + self.micro, self.local))) for i in range(0, self.local, self.micro)]
+        self.n_micro = len(sizes)
+        clips = f"{self.micro} clips x {self.n_micro} micro-batches" if len(set(sizes)) == 1 else (
+            f"({' + '.join(map(str, sizes))}) clips in {self.n_micro} micro-batches")
+        self.arithmetic = f"batch {batch_size} = {clips} x {world} processes"
         self.epoch, self.order = -1, None
 
     def item(self, i):
         epoch, at = divmod(i, self.n)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
-        return int(self.order[at])
+        return int(self.order[at]) + self.n * epoch
 
     def __iter__(self):
         for step in range(self.start, self.total):
@@ -99,12 +199,37 @@ class StepSampler:
         return (self.total - self.start) * self.n_micro
 
 
-def make_loader(dataset, sampler, n_workers, collate, seed=0):
-    """A DataLoader over StepSampler's batches (or any list of index lists)."""
+def ignore_signals(worker):
+    """Data workers leave it to their parent what a signal to the whole group means."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(dataset, sampler, n_workers, collate):
+    """A DataLoader over StepSampler's batches (or any list of index lists). Its generator is not used for data, but
+    without one it would take a number from torch's."""
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=sampler, num_workers=n_workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
-        persistent_workers=False, generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(), worker_init_fn=ignore_signals if n_workers else None,
         multiprocessing_context="spawn" if n_workers else None)
+
+
+class Feed:
+    """Endless next() over a loader that also counts how long the caller had to wait."""
+
+    def __init__(self, loader):
+        self.batches, self.seconds = iter(loader), 0.0
+
+    def __next__(self):
+        t0 = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - t0
+        return batch
+
+    def waited_ms(self, steps):
+        """Milliseconds per step since the last call."""
+        ms, self.seconds = self.seconds * 1000 / steps, 0.0
+        return ms
 
 
 def shard(n, rank, world, batch_size):
@@ -210,7 +335,28 @@ def last_slots(gazing):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# schedules and optimizers
+# settings, schedules and optimizers
+
+
+def check_settings(cfg):
+    """ValueError naming the first key that no run can work with; for the keys that the training scripts share."""
+    least = dict(n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
+                 log_every=1, val_clips=1, reward_batch=0)
+    for key, value in asdict(cfg).items():
+        if key in least and value is not None and value < least[key]:
+            raise ValueError(f"{key}={value} must be at least {least[key]}")
+        if key in ("ratio", "ratio_min", "ratio_max", "val_ratio") and not 0 < value <= 1:
+            raise ValueError(f"{key}={value} must lie in (0, 1], it is a share of the patches")
+        if key in ("epochs", "lr", "ratio_rate") and value <= 0 or key == "lr_end" and value < 0:
+            raise ValueError(f"{key}={value} must be above 0")
+        if key == "wandb" and value and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"wandb={value} needs the package: pip install wandb, or --wandb=none")
+        if key == "warmup" and not 0 <= value < 1:
+            raise ValueError(f"warmup={value} must lie in [0, 1), it is a share of the steps")
+        for name in ("ratio", "requirement"):
+            if key == f"{name}_min" and value > getattr(cfg, f"{name}_max"):
+                raise ValueError(f"{key}={value} is above {name}_max={getattr(cfg, f'{name}_max')}")
+    parse_alpha(cfg.alpha, cfg.n_frames)
 
 
 def learning_rate(kind, step, total, lr, lr_end, warmup):
@@ -239,25 +385,60 @@ def make_optimizer(kind, params, lr):
 
 
 def save_state(path, state):
-    """torch.save under a temporary name, then rename: a killed run leaves the old file, never half a new one."""
+    """torch.save under a temporary name, then rename: a killed run or a full disk leaves the old file."""
     tmp = Path(f"{path}.tmp")
-    torch.save(state, tmp)
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer gives a full disk as a RuntimeError
+        tmp.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written, the one before it is kept: is the disk full? ({error})") from error
     os.replace(tmp, path)
 
 
-def load_state(path):
-    if not Path(path).is_file():
+def load_state(out, cfg, world, fixed):
+    """The checkpoint of a run that goes on. ValueError if a setting in `fixed` has changed since, a note for others."""
+    path = Path(out) / "last.pt"
+    if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such checkpoint; init_from=resume needs a run that was started in this out_dir")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        was = state["config"]
+    except Exception as error:  # of many kinds: pickle, zip file, missing names
+        raise ValueError(f"{path} is no checkpoint of this script ({type(error).__name__}: {error})") from error
+    free = {"init_from", "out_dir", "device", "n_workers", "cache", "log_every", "wandb"}
+    now = asdict(cfg) | {"processes": world}
+    changed = [f"{k}={now[k]!r} (was {was[k]!r})" for k in now if k in was and k not in free and now[k] != was[k]]
+    if any(now[k] != was.get(k, now[k]) for k in fixed & now.keys()):
+        raise ValueError(f"{path} was made with other settings: {', '.join(changed)}. Use those, or start anew from "
+                         "its weights with init_from=FOLDER")
+    if changed and os.environ.get("RANK", "0") == "0":
+        print(f"note: resumed with other settings than before, so not the same run: {', '.join(changed)}")
+    return state
+
+
+def keep_best(module, out, loss, best, rank):
+    """Write out/best if this validation loss is the lowest so far. Returns the lowest."""
+    if rank == 0 and loss < best:
+        module.save_pretrained(Path(out) / "best")
+    return min(loss, best)
+
+
+def state_of(step, module, optimizer, scaler, best, cfg, world):
+    """All that a run needs to go on: random numbers and data order follow from seed and step."""
+    return {"step": step, "model": module.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "best": best, "config": asdict(cfg) | {"processes": world}}
 
 
 class Log:
     """metrics.jsonl in out_dir and one line on screen per entry, on rank 0 only."""
 
-    def __init__(self, cfg, rank, world, device, lines):
+    def __init__(self, cfg, rank, world, device, lines, start=0):
         """Print once what this run is: configuration, versions, device, and the caller's own lines."""
-        self.rank, self.out_dir, self.t0 = rank, Path(cfg.out_dir), time.time()
+        self.rank, self.out_dir, self.t0, self.device, self.wandb = rank, Path(cfg.out_dir), time.time(), device, None
         if rank:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -269,21 +450,48 @@ class Log:
               f"{world} process(es) of {about['threads']} threads")
         for line in lines:
             print(line)
-        self.file = open(self.out_dir / "metrics.jsonl", "a")
+        path = self.out_dir / "metrics.jsonl"
+        tmp = Path(f"{path}.tmp")
+        tmp.write_text("".join(kept_rows(path, start)) if cfg.init_from == "resume" else "")
+        os.replace(tmp, path)
+        self.file = open(path, "a")
+        if cfg.wandb:
+            import wandb
+            self.wandb = wandb.init(project=cfg.wandb, name=self.out_dir.name, config=asdict(cfg))
 
     def write(self, step, total=None, done=0, **metrics):
         """done: steps finished in this process's life, for the ETA."""
         if self.rank:
             return
+        metrics["memory_gb"] = peak_memory(self.device)
         entry = {"step": step, "time": round(time.time() - self.t0, 2)}
         entry |= {k: (float(f"{v:.6g}") if isinstance(v, float) else v) for k, v in metrics.items()}
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
+        if self.wandb:
+            self.wandb.log({f"{k}/{i}" if isinstance(v, list) else k: x for k, v in entry.items()
+                            for i, x in enumerate(v if isinstance(v, list) else [v])}, step=step)
         text = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         eta = ""
         if total and done:
             eta = f" | eta {(time.time() - self.t0) / done * (total - step):.0f}s"
         print(f"step {step}{f'/{total}' if total else ''} | {text}{eta}", flush=True)
+
+
+def kept_rows(path, start):
+    """Lines of metrics.jsonl that a run resumed at step `start` will not write again; training rows have an lr."""
+    for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the line a killed process was writing
+            row = json.loads(line)
+            if row["step"] < start or row["step"] == start and "lr" in row:
+                yield line
+
+
+def peak_memory(device):
+    """GiB this process had at most: on the GPU, or resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
 
 
 def git_commit():

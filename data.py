@@ -1,6 +1,8 @@
 """
 Videos in, training batches out: decoding, resizing, pixel normalisation, the clip dataset and the gaze labels.
 
+    python data.py pack labels.json                  # for large sets: writes labels.packed, a folder for --labels=
+
 On disk: <root>/train/*.mp4 and <root>/val/*.mp4, several roots joined by commas. A clip is the first `n_frames` frames
 (every `stride`-th), shortest side resized to R, cropped to R x R. Clips stay uint8 up to the training step, which calls
 `normalize` on its own device: a quarter of the bytes to ship, and nothing to undo for pictures.
@@ -13,11 +15,17 @@ silently), non-square videos are cropped, collating leaves the labels as they ar
 import json
 import math
 import os
+import re
+import shutil
+import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
@@ -43,9 +51,15 @@ def video_stream(container, path):
     raise VideoError(f"{path}: has no video stream that can be decoded")
 
 
+def quarter_turns(frame):
+    """Anticlockwise quarter turns that set a frame upright, from its display matrix; PyAV 12 does not tell."""
+    return round(getattr(frame, "rotation", 0) / 90) % 4
+
+
 def decode(path, wanted):
     """Yield (i, (H, W, 3) uint8 array) for the frame indices i in `wanted` (range or set), in decoding order.
 
+    Frames come upright: a display matrix (phone videos) is applied to quarter turns, mirrored ones stay as stored.
     Reads from the start of the file, no further than the last wanted frame. A file that ends or breaks earlier just
     ends the iteration; if it ends before the first wanted frame, its last frame is yielded. No frame: VideoError.
     Every frame has the size of the first one yielded, also when the stream changes size in between.
@@ -54,7 +68,8 @@ def decode(path, wanted):
 
     def to_rgb(frame, **size):
         try:
-            return reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
+            image = reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
+            return np.rot90(image, quarter_turns(frame))
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"{path}: its {frame.format.name} frames cannot be turned into RGB ({error})") from error
 
@@ -65,9 +80,8 @@ def decode(path, wanted):
             stream.codec_context.thread_count = 1  # threads cost more than they save here, and workers are many
             for i, frame in enumerate(container.decode(stream)):
                 if i in wanted:
-                    image = to_rgb(frame, **size)
-                    size = {"width": image.shape[1], "height": image.shape[0]}
-                    yield i, image
+                    size = size or {"width": frame.width, "height": frame.height}
+                    yield i, to_rgb(frame, **size)
                 if i >= last:
                     return
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -82,7 +96,7 @@ def read_frames(path, n_frames, start=0, stride=1):
     """Frames start, start + stride, ... as (n_frames, 3, H, W) uint8; a shorter video repeats its last frame."""
     assert n_frames > 0 and start >= 0 and stride > 0, (n_frames, start, stride)
     wanted = range(start, start + n_frames * stride, stride)
-    frames = [torch.from_numpy(image) for _, image in decode(path, wanted)]
+    frames = [torch.from_numpy(np.ascontiguousarray(image)) for _, image in decode(path, wanted)]
     frames += frames[-1:] * (n_frames - len(frames))
     return torch.stack(frames).permute(0, 3, 1, 2)  # (T,H,W,3) -> (T,3,H,W), a view
 
@@ -149,7 +163,8 @@ def denormalize(x):
 # clips
 
 def list_videos(root, split):
-    """Videos of <root>/<split>/ sorted by name; `root` may be several folders joined by commas, kept in that order."""
+    """Paths (str: a million of them are in memory) of the videos of <root>/<split>/ sorted by name; `root` may be
+    several folders joined by commas, kept in that order."""
     videos = []
     for folder in str(root).split(","):
         folder = Path(folder.strip())
@@ -162,32 +177,37 @@ def list_videos(root, split):
         names = sorted(n for n in os.listdir(folder / split) if n.lower().endswith(VIDEO_SUFFIXES) and n[0] != ".")
         if not names:
             raise FileNotFoundError(f"no videos in {folder / split}: {layout}")
-        videos += [folder / split / name for name in names]
+        videos += [f"{folder}/{split}/{name}" for name in names]
     return videos
 
 
 def video_key(path):
     """"dataset/split/file.mp4", the name of a video in a label file."""
-    return "/".join(Path(os.path.abspath(path)).parts[-3:])
+    path = str(path)
+    if path.count("/") < 3 or "/." in path or "//" in path:  # short or not plain; abspath takes seconds for a million
+        path = os.path.abspath(path)
+    return "/".join(path.split("/")[-3:])
 
 
 class Clips(torch.utils.data.Dataset):
     """Clips of <root>/<split>/. An item: {"video": (T, 3, size, size) uint8, "key", "path", "unreadable": files passed
     over to get it}; with `labels` (from `load_labels`) also "gazing_pos" and "task_losses", lists of lists per frame,
-    and only labelled videos are kept. Random start and crop use torch's default generator.
+    and only labelled videos are kept. Random start and crop depend on (seed, epoch, index) only, whatever process
+    reads the clip and wherever a run was resumed: item index + epoch · len(self) is that of another epoch.
 
     An unreadable file is replaced by the next readable one of the list, with a warning: never silently, never fatally.
     cache=True decodes everything once, here, into one uint8 tensor, and drops unreadable files from the list.
     """
 
     def __init__(self, root, split, n_frames, size, stride=1, random_start=False, crop="center", labels=None,
-                 cache=False):
+                 cache=False, seed=0):
         randomized = random_start or crop == "random"
         if cache and randomized:
             raise ValueError("cache=True keeps one version of each clip: switch off random start and random crop")
         if labels is not None and randomized:
             raise ValueError("labels hold gazes of the first frames' centre crop: switch off random start and crop")
         self.n_frames, self.size, self.stride, self.random_start, self.crop = n_frames, size, stride, random_start, crop
+        self.seed = seed
         self.paths, self.labels, self.videos, self.warned = list_videos(root, split), labels, None, set()
         if labels is not None:
             self.keep_labelled(root, split)
@@ -196,11 +216,13 @@ class Clips(torch.utils.data.Dataset):
 
     def keep_labelled(self, root, split):
         videos, where = self.paths, f"{root} ({split})"
-        self.paths = [path for path in videos if video_key(path) in self.labels]
+        keys = [video_key(path) for path in videos]
+        known = self.labels.known(keys) if isinstance(self.labels, PackedLabels) else [k in self.labels for k in keys]
+        self.paths = [path for path, k in zip(videos, known, strict=True) if k]
         if not self.paths:
-            raise ValueError(f"no label fits a video of {where}: the videos are called like {video_key(videos[0])!r}, "
+            raise ValueError(f"no label fits a video of {where}: the videos are called like {keys[0]!r}, "
                              f"the labels like {next(iter(self.labels), 'nothing, the file is empty')!r}")
-        if len({video_key(path) for path in self.paths}) < len(self.paths):
+        if len({key for key, k in zip(keys, known, strict=True) if k}) < len(self.paths):
             raise ValueError(f"{where}: two folders have the same last name and video names, so one label would serve "
                              "two videos: rename one of the folders")
         if os.environ.get("RANK", "0") == "0":
@@ -227,22 +249,23 @@ class Clips(torch.utils.data.Dataset):
                           + (" ..." if len(bad) > 3 else ""), stacklevel=3)
             self.paths, self.videos = [self.paths[i] for i in good], self.videos[good]
 
-    def read(self, path):
-        start = 0
+    def read(self, path, draw=0):
+        """Clip of one file; draw: number of the random start and crop."""
+        start, generator = 0, torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
         if self.random_start:
             n_starts = count_frames(path) - (self.n_frames - 1) * self.stride
-            start = int(torch.randint(max(n_starts, 1), ()))
-        return resize_crop(read_frames(path, self.n_frames, start, self.stride), self.size, self.crop)
+            start = int(torch.randint(max(n_starts, 1), (), generator=generator))
+        return resize_crop(read_frames(path, self.n_frames, start, self.stride), self.size, self.crop, generator)
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        unreadable, video = [], None
+        unreadable, video, draw, index = [], None, index, index % len(self)
         for i in range(min(MAX_FAILURES, len(self))):
             path = self.paths[(index + i) % len(self)]
             try:
-                video = self.read(path) if self.videos is None else self.videos[index]
+                video = self.read(path, draw) if self.videos is None else self.videos[index]
                 break
             except VideoError as error:
                 unreadable.append(str(path))
@@ -272,7 +295,13 @@ def collate(items):
 
 def load_labels(path):
     """{key: {"gazing_pos": ids + V*t per frame, "task_losses": per frame}}; task_losses[t][j] is the reconstruction
-    loss of frame t after its gaze j."""
+    loss of frame t after its gaze j. path: a JSON file, read into memory, or what `pack_labels` made of it."""
+    if Path(path).is_dir():
+        labels = PackedLabels(path)
+        source, size = labels.source["path"], labels.source["bytes"]
+        if os.path.exists(source) and os.path.getsize(source) != size and os.environ.get("RANK", "0") == "0":
+            warnings.warn(f"labels={path}: {source} has changed since it was packed", stacklevel=2)
+        return labels
     with open(path, encoding="utf-8") as f:
         try:
             labels = json.load(f)
@@ -281,20 +310,35 @@ def load_labels(path):
     if not isinstance(labels, dict):
         raise ValueError(f"label file {path}: expected an object of labels by video, found a {type(labels).__name__}")
     for key, label in labels.items():
-        if not isinstance(label, dict) or not {"gazing_pos", "task_losses"} <= label.keys():
-            raise ValueError(f"label file {path}: {key!r} needs 'gazing_pos' and 'task_losses'")
+        check_fields(key, label, path)
     return labels
 
 
+def check_fields(key, label, path):
+    if not isinstance(label, dict) or not {"gazing_pos", "task_losses"} <= label.keys():
+        raise ValueError(f"label file {path}: {key!r} needs 'gazing_pos' and 'task_losses'")
+    for name in ("gazing_pos", "task_losses"):
+        if not isinstance(label[name], list) or not all(isinstance(frame, list) for frame in label[name]):
+            raise ValueError(f"label file {path}: {key!r} needs a list per frame in {name!r}")
+
+
+def check_labels(labels, n_frames, n_ids, path):
+    """check_label for all of them. Packed ones were checked while packing, so their bounds per frame are enough."""
+    if isinstance(labels, PackedLabels) and labels.fits(n_frames, n_ids):
+        return
+    for key, label in labels.items():
+        check_label(key, label, n_frames, n_ids, path)
+
+
 def check_label(key, label, n_frames, n_ids, path):
-    """Raise ValueError unless the label fits clips of n_frames frames and n_ids patch ids per frame. Frames may be
-    empty. A frame's ids must be its own (V*t .. V*t + V - 1), no id twice, each with a finite loss."""
+    """Raise ValueError unless the label fits clips of n_frames frames and n_ids patch ids per frame (None: not known).
+    Frames may be empty. A frame's ids must be its own (V*t .. V*t + V - 1), no id twice, each with a finite loss."""
     pos, losses = label["gazing_pos"], label["task_losses"]
     where = f"label file {path}: {key!r}"
     if len(pos) != n_frames or len(losses) != n_frames:
         raise ValueError(f"{where} has {len(pos)} frames of gazes and {len(losses)} of losses, expected {n_frames}")
     for t, (ids, values) in enumerate(zip(pos, losses, strict=True)):
-        lo, hi = n_ids * t, n_ids * (t + 1)
+        lo, hi = (n_ids * t, n_ids * (t + 1)) if n_ids else (0, math.inf)
         if len(ids) != len(values):
             raise ValueError(f"{where} frame {t} has {len(ids)} gazes but {len(values)} losses")
         for i in ids:
@@ -331,3 +375,174 @@ def collate_gaze(gazing_pos, task_losses, n_ids):
     if task_losses is not None:
         gaze["task_losses"] = torch.tensor(losses, dtype=torch.float32).view(shape)
     return gaze
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# packed labels: gigabytes of JSON become arrays that are mapped into memory, so opening takes no time, and all workers
+# and ranks of a machine share one copy
+
+PACKED_VERSION = 1
+LARGEST_LABEL = 1 << 26  # characters of JSON; one clip's label has thousands
+
+
+class PackedLabels:
+    """Read-only mapping like load_labels' dict, from a folder that `pack_labels` wrote. Raises ValueError if it is
+    damaged. Pickled (to data workers) it is only a path."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self.meta = json.loads((self.path / "meta.json").read_text())
+            n, self.n_frames, n_gazes, width = (self.meta[k] for k in ("clips", "frames", "gazes", "key_bytes"))
+            version, self.source = self.meta["version"], self.meta["source"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"labels={path}: not a folder written by `python data.py pack` ({error})") from error
+        if version != PACKED_VERSION:
+            raise ValueError(f"labels={path} has format {version}, this code reads {PACKED_VERSION}: pack again")
+        for name, dtype, size in (("gazing_pos", "<i4", n_gazes), ("task_losses", "<f4", n_gazes), ("row", "<i8", n),
+                                  ("ends", "<i8", n * self.n_frames), ("keys", f"S{width}", n)):
+            file, want = self.path / f"{name}.bin", size * np.dtype(dtype).itemsize
+            have = file.stat().st_size if file.is_file() else 0
+            if have != want:
+                raise ValueError(f"{file} has {have} bytes, {want} expected: copied in part? Pack again")
+            setattr(self, name, np.memmap(file, dtype, "r").view(np.ndarray) if size else np.zeros(0, dtype))
+
+    def __reduce__(self):
+        return PackedLabels, (self.path,)
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __iter__(self):
+        return (key.decode() for key in self.keys)
+
+    def known(self, keys):
+        """Bools: which of these keys have a label."""
+        keys = np.array([key.encode() for key in keys])
+        at = np.searchsorted(self.keys, keys).clip(max=len(self) - 1) if len(self) else np.zeros(0, int)
+        return (self.keys[at] == keys).tolist() if len(self) else [False] * len(keys)
+
+    def __getitem__(self, key):
+        at = int(np.searchsorted(self.keys, np.array(key.encode(), self.keys.dtype)))  # its own dtype: no copy of all
+        if at == len(self) or self.keys[at] != key.encode():
+            raise KeyError(key)
+        last = (int(self.row[at]) + 1) * self.n_frames
+        cuts = self.ends[max(last - self.n_frames - 1, 0):last].tolist()
+        cuts = cuts if last > self.n_frames else [0, *cuts]
+        return {name: [array[a:b].tolist() for a, b in pairwise(cuts)]
+                for name, array in (("gazing_pos", self.gazing_pos), ("task_losses", self.task_losses))}
+
+    def items(self):
+        return ((key, self[key]) for key in self)
+
+    def fits(self, n_frames, n_ids):
+        """Whether every label is one of clips of n_frames frames and n_ids ids per frame."""
+        return self.n_frames == n_frames and all(
+            n_ids * t <= lo and hi < n_ids * (t + 1) for t, (lo, hi) in enumerate(self.meta["bounds"]) if lo <= hi)
+
+
+def json_items(path, chunk=1 << 20):
+    """Yield (key, value) of a file that holds one JSON object, in memory no more than a chunk and the largest value."""
+    decode_value, space, text, at, n = json.JSONDecoder().raw_decode, re.compile(r"\s*"), "", 0, 0
+
+    def broken(why):
+        return ValueError(f"label file {path} is not valid JSON after {n} labels, was it cut off? ({why})")
+
+    def more():
+        nonlocal text, at
+        try:
+            new = file.read(max(chunk, len(text) - at))  # twice as much each time, while one value does not fit
+        except UnicodeDecodeError as error:
+            raise broken(error) from error
+        if not new or len(text) - at > LARGEST_LABEL:
+            raise broken(f"at {text[at:at + 40]!r}")
+        text, at = text[at:] + new, 0
+
+    def character():
+        nonlocal at
+        while (at := space.match(text, at).end()) == len(text):
+            more()
+        at += 1
+        return text[at - 1]
+
+    def value():
+        nonlocal at
+        while True:
+            at = space.match(text, at).end()
+            try:
+                found, at = decode_value(text, at)
+                return found
+            except json.JSONDecodeError:
+                more()
+
+    with open(path, encoding="utf-8") as file:
+        if character() != "{":
+            raise ValueError(f"label file {path}: expected an object of labels by video, found {text[:40]!r}")
+        if character() == "}":
+            return
+        at -= 1
+        while True:
+            key = value()
+            if not isinstance(key, str) or character() != ":":
+                raise broken(f"at {key!r}")
+            yield key, value()
+            n += 1
+            if (mark := character()) != ",":
+                if mark == "}":
+                    return
+                raise broken(f"{mark!r} after {key!r}")
+
+
+def pack_labels(source, out=None):
+    """Label file -> folder `out` (default: its name with .packed) for PackedLabels. Reads clip by clip; only the keys
+    stay in memory. Every label is checked but for the number of ids per frame, which a label does not tell."""
+    source, keys, n_frames, bounds = Path(source), [], None, []
+    out, n_gazes, t0 = Path(out or source.with_suffix(".packed")), 0, time.time()
+    if out.exists() and not (out / "meta.json").is_file():
+        raise FileExistsError(f"{out} exists and is no packed label file: give another name")
+    tmp = Path(f"{out}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    with (open(tmp / "gazing_pos.bin", "wb") as f_pos, open(tmp / "task_losses.bin", "wb") as f_losses,
+          open(tmp / "ends.bin", "wb") as f_ends):
+        for key, label in tqdm(json_items(source), desc="packing", unit=" clips"):
+            check_fields(key, label, source)
+            pos, losses = label["gazing_pos"], label["task_losses"]
+            if n_frames is None:
+                n_frames, bounds = len(pos), [[1 << 31, -1] for _ in pos]
+            lengths, ids, values = [len(f) for f in pos], [*chain(*pos)], [*chain(*losses)]
+            good = len(pos) == n_frames and lengths == [len(f) for f in losses] and {int} >= set(map(type, ids))
+            if not (good and {int, float} >= set(map(type, values)) and len(set(ids)) == len(ids)
+                    and math.isfinite(sum(values)) and min(ids, default=0) >= 0 and max(ids, default=0) < 1 << 31):
+                check_label(key, label, n_frames, None, source)
+                raise ValueError(f"label file {source}: {key!r} has an id in two frames, below 0 or too large")
+            bounds = [[min(lo, *f), max(hi, *f)] if f else [lo, hi] for (lo, hi), f in zip(bounds, pos, strict=True)]
+            f_pos.write(np.array(ids, "<i4").tobytes())
+            f_losses.write(np.array(values, "<f4").tobytes())
+            f_ends.write((np.cumsum(lengths) + n_gazes).astype("<i8").tobytes())
+            n_gazes += len(ids)
+            keys.append(key.encode())
+    keys = np.array(keys, f"S{max(map(len, keys), default=1)}")
+    row = keys.argsort(kind="stable")
+    keys = keys[row]
+    if (twice := np.flatnonzero(keys[1:] == keys[:-1])).size:
+        raise ValueError(f"label file {source} has two labels for {keys[twice[0]].decode()!r}")
+    row.astype("<i8").tofile(tmp / "row.bin")
+    keys.tofile(tmp / "keys.bin")
+    meta = {"version": PACKED_VERSION, "clips": len(keys), "frames": n_frames or 0, "gazes": n_gazes,
+            "key_bytes": keys.itemsize, "bounds": bounds,
+            "source": {"path": os.path.abspath(source), "bytes": source.stat().st_size}}
+    (tmp / "meta.json").write_text(json.dumps(meta) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    os.rename(tmp, out)
+    print(f"{out}: {len(keys)} clips of {n_frames or 0} frames, {n_gazes} gazes, {time.time() - t0:.0f} s")
+    return out
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["pack"] or len(sys.argv) not in (3, 4):
+        raise SystemExit("usage: python data.py pack labels.json [labels.packed]")
+    try:
+        pack_labels(*sys.argv[2:])
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -35,7 +35,7 @@ import common
 import configurator
 import model
 import viz
-from data import VideoError, count_frames, decode, denormalize, normalize, resize_crop, video_stream
+from data import VideoError, count_frames, decode, denormalize, normalize, quarter_turns, resize_crop, video_stream
 from model import Gaze
 from videomae import VideoMAE
 
@@ -86,17 +86,17 @@ def probe(path):
         raise VideoError(f"{path}: cannot be decoded as a video ({error})") from error
     if frame is None:
         raise VideoError(f"{path}: not one frame in its video stream")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # PyAV 12 does not tell
+    turns = quarter_turns(frame)
     return max(n_frames, 1), rate, turns, (frame.height, frame.width)[::-1 if turns % 2 else 1]
 
 
-def read_squares(path, wanted, turns, crop, sizes):
+def read_squares(path, wanted, crop, sizes):
     """Yield (index in the source, [the crop resized to (3, n, n) uint8 for n in sizes]) for the frames in `wanted`."""
     top, left, side = crop
     for i, image in decode(path, wanted):
         if i < wanted[0]:  # decode gives the last frame if there are fewer than the container said
             raise VideoError(f"{path}: ends after frame {i}, before the start, frame {wanted[0]}: start earlier")
-        square = np.rot90(image, turns)[top:top + side, left:left + side].copy()
+        square = image[top:top + side, left:left + side].copy()
         yield i, [resize_crop(torch.from_numpy(square).permute(2, 0, 1)[None], n)[0] for n in sizes]
 
 
@@ -194,7 +194,7 @@ def main():
 
     q = c.image_size * max(1, round(288 / c.image_size))  # a whole multiple: patches end on pixels
     canvas = make_canvas(c, q, mae is not None)
-    source = read_squares(cfg.video, wanted, turns, crop, (c.image_size, q))
+    source = read_squares(cfg.video, wanted, crop, (c.image_size, q))
     taken, source_frame, losses, sheet = [], [], [], None
     seconds = dict.fromkeys(("decode", "select", "reconstruct", "draw+write"), 0.0)
     half_written = out / ".overlay.mp4"

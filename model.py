@@ -638,7 +638,7 @@ class GazeStream:
                 if uniform:
                     cache[:, :, self.length:total] = new
                 else:
-                    cache.scatter_(2, index[:, None, :, None].expand_as(new), new)
+                    cache.scatter_(2, index[:, None, :, None].expand_as(new), new.to(cache.dtype))
             return self.cache[0, layer, :, :, :total], self.cache[1, layer, :, :, :total]
 
         h = self.model.decoder(x, index if positions is None else positions, mask, remember)

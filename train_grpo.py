@@ -10,7 +10,6 @@ group's mean. Strictly on-policy, so there is no ratio clipping, no reference mo
 divided neither by the group's spread nor by length (paper, section 3.4). Writes out_dir/{config.json,
 model.safetensors}.
 """
-import contextlib
 import math
 import sys
 import time
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import configurator
@@ -42,6 +40,8 @@ class Config:
     out_dir: str = "out/grpo"          # weights, metrics.jsonl, pictures
     n_frames: int = 16                 # clip length
     stride: int = 1                    # source frames per clip frame
+    random_start: bool = False         # clips start anywhere in the video, not at its first frame
+    crop: Literal["center", "random"] = "center"  # random: one random resized crop for all frames of a clip
     cache: bool = False                # keep all decoded clips in memory: for sets that fit
     n_workers: int = 4                 # decoding processes; 0: decode in the training process
     # model
@@ -64,9 +64,10 @@ class Config:
     split: Literal["uniform", "mean", "dirichlet", "self"] = "self"  # over frames; self: as many as the model takes to
     #                                    meet the requirement in one rollout, clip by clip (published)
     alpha: str = "10,3"                # mean and dirichlet; the last value is repeated
-    requirement: Literal["fixed", "uniform"] = "uniform"  # loss to reach, for split = self (published: uniform 0.5-1)
+    stop_early: bool = False           # the requirement also ends frames of the group's rollouts, whatever the split
+    requirement: Literal["fixed", "uniform"] = "uniform"  # loss to reach, for split = self and stop_early (published)
     task_loss_requirement: float = 0.7 # fixed
-    requirement_min: float = 0.5       # uniform
+    requirement_min: float = 0.5       # uniform (published: 0.5 to 1)
     requirement_max: float = 1.0
     temperature: float = 1.0           # of sampling at the first step
     temperature_end: float = 1.0       # at the last; exponential in between (paper: 0.01)
@@ -81,6 +82,7 @@ class Config:
     steps: int | None = None           # optimizer steps, in place of epochs
     batch_size: int = 64               # clips per step over all processes (published script; the paper says 256)
     micro_batch: int = 2               # most clips at once in one process, group_size copies of each; 0: all its share
+    reward_batch: int = 0              # most rollouts at once in the reconstructor, which bounds its memory; 0: all
     optimizer: Literal["adam", "sgd"] = "sgd"  # published: plain SGD without momentum
     lr: float = 5e-4                   # published
     lr_end: float = 0.0
@@ -88,7 +90,7 @@ class Config:
     warmup: float = 0.1                # share of the steps
     # validation
     val_ratio: float = 0.1             # gazing ratio
-    val_split: Literal["uniform", "mean"] = "mean"
+    val_split: Literal["uniform", "dirichlet", "mean"] = "mean"  # dirichlet: one draw for all evaluations
     val_requirement: float | None = None  # stop a frame at this predicted loss (published: 0.7, with val_ratio 0.75)
     val_clips: int = 256               # clips of the validation set that are used
     val_every: int = 1000              # steps (published)
@@ -97,7 +99,10 @@ class Config:
     log_every: int = 10                # steps
     seed: int = 666                    # published
     device: str = "auto"               # auto | cpu | cuda
-    dtype: Literal["float32", "bfloat16"] = "float32"  # autocast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
+    tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
+    compile: bool = False              # torch.compile for the training pass; never on a CPU
+    wandb: str | None = None           # project to mirror metrics.jsonl to; none: off
 
     def check(self):
         if self.group_size < 2:
@@ -106,16 +111,16 @@ class Config:
         if int(self.recon_sample_rate * self.n_frames) < 1 or self.recon_sample_rate > 1:
             raise ValueError(f"recon_sample_rate={self.recon_sample_rate} of {self.n_frames} frames leaves none for "
                              f"the reward: use 1/{self.n_frames} to 1")
-        for name in ("ratio", "val_ratio", "ratio_min", "ratio_max"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in (0, 1]")
-        if not (self.ratio_min <= self.ratio_max and self.requirement_min <= self.requirement_max):
-            raise ValueError("a minimum is above its maximum (ratio_*, requirement_*)")
         if min(self.temperature, self.temperature_end) <= 0:
             raise ValueError("temperature must be above 0: a group of equal rollouts teaches nothing")
-        if self.epochs <= 0 or self.batch_size < 1:
-            raise ValueError("epochs and batch_size must be above 0")
-        common.parse_alpha(self.alpha, self.n_frames)
+        common.check_settings(self)
+        if self.init_from == "scratch":
+            self.model()
+
+    def model(self):
+        keys = GazeConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        keys -= {"gazing_ratio", "task_loss_requirement"}  # of rollouts here, of validation in the model's config
+        return GazeConfig(**{k: getattr(self, k) for k in keys}, max_num_frames=self.n_frames)
 
 
 def discounted_advantages(advantage, frames, gazing, gamma):
@@ -144,34 +149,47 @@ def roll_out(gaze, video, cfg, step, temperature):
     T, V = cfg.n_frames, gaze.config.num_ids
     shared = common.shared_generator(cfg.seed, step)
     ratio = common.draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, shared)
-    if cfg.split == "self":
+    need = None
+    if cfg.split == "self" or cfg.stop_early:
         need = common.draw_ratio(
             cfg.requirement, cfg.task_loss_requirement, cfg.requirement_min, cfg.requirement_max, 0, shared)
+    if cfg.split == "self":
         own = gaze.generate(video, gazing_ratio=ratio, task_loss_requirement=need, temperature=temperature)
         ratios = torch.stack([(~p).sum(1) for _, p in model.split_frames(own)], dim=1) / V  # (B, T)
         ratios = ratios.repeat(cfg.group_size, 1)
     else:
         ratios = common.split_ratio(cfg.split, ratio, T, cfg.alpha, shared)
-    return gaze.generate(video, gazing_ratio=ratios, temperature=temperature, num_copies=cfg.group_size)
+    return gaze.generate(video, ratios, need if cfg.stop_early else None, temperature, num_copies=cfg.group_size)
+
+
+@torch.no_grad()
+def measure(mae, video, gazing, frames, most):
+    """Loss (G·B, F) of every rollout's rewarded frames, at most `most` rollouts at once (0: all), whole copies of the
+    batch; what the loss needs of the true frames is computed once per clip."""
+    B, rows, target = len(video), len(gazing["gazing_pos"]), mae.loss.target(video[:, frames])
+    n, losses = max(1, (most or rows) // B) * B, []
+    for i in range(0, rows, n):
+        part = {k: v if k == "num_gazing_each_frame" else v[i:i + n] for k, v in gazing.items() if k != "gazing_mask"}
+        made = mae.reconstruct(video, part, frames)
+        losses.append(mae.loss(made.unflatten(0, (-1, B)), target).flatten(0, 1))
+    return torch.cat(losses).float()
 
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.init_processes(cfg.device)
+    rank, world, device = common.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- models
-    start, resumed = 0, None
+    start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        resumed = common.load_state(out / "last.pt")
-        start = resumed["step"]
+        resumed = common.load_state(out, cfg, world, {"n_frames"})
+        start, best = resumed["step"], resumed["best"]
         gaze = Gaze.from_pretrained(out)
         gaze.load_state_dict(resumed["model"])
     elif cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)  # the same weights on all ranks
-        keys = GazeConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys()
-        keys -= {"gazing_ratio", "task_loss_requirement"}  # of rollouts here, of validation in the model's config
-        gaze = Gaze(GazeConfig(**{k: getattr(cfg, k) for k in keys}, max_num_frames=cfg.n_frames))
+        gaze = Gaze(cfg.model())
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.reference_decoding = False  # the policy that samples must be the one that is trained
@@ -185,44 +203,44 @@ def main():
     # ---- data
     R = gaze.config.image_size
     args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
-    train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
+    train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, seed=cfg.seed, **args)
+    val = Clips(cfg.root, "val", **args)
+    common.check_same(training_clips=len(train), validation_clips=len(val))
     total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
-    loader = iter(common.make_loader(train, sampler, cfg.n_workers, collate, cfg.seed + start))
+    loader = common.Feed(common.make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
     val_loader = common.make_loader(val, common.shard(n_val, rank, world, 16), 0, collate)
-    val_ratios = common.split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha, None)
+    val_ratios = common.split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha,
+                                    common.shared_generator(cfg.seed, 0))
 
     # ---- optimizer
     optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-    ddp = DistributedDataParallel(gaze) if world > 1 else gaze
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    ddp, sync, autocast, scaler, precision = common.prepare(gaze, optimizer, cfg, world, device, resumed)
     n_recon = int(cfg.recon_sample_rate * cfg.n_frames)
     log = common.Log(cfg, rank, world, device, [
         f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters; "
         f"reconstructor {common.count_parameters(mae) / 1e6:.2f} M, frozen",
-        f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes, "
-        f"{cfg.group_size} rollouts each, {n_recon} rewarded frames; "
+        f"{sampler.arithmetic}, {cfg.group_size} rollouts each, {n_recon} rewarded frames; "
         f"{total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
-        + (f"; resumed at step {start}" if start else "")])
+        + (f"; resumed at step {start}" if resumed else ""), precision], start)
 
     # ---- loop
     unreadable, t0 = set(), time.time()
     for step in range(start, total + 1):
-        if step % cfg.val_every == 0 or step == total:
+        stop = common.stopping()
+        if (step % cfg.val_every == 0 or step == total) and not stop:
             metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
             log.write(step, total, step - start, **metrics)
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2][0],
                           title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-        if (step % cfg.save_every == 0 or step == total) and rank == 0:
+            best = common.keep_best(gaze, out, metrics["val_loss"], best, rank)
+        if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)
-            common.save_state(
-                out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict()})
-        if step == total:
+            common.save_state(out / "last.pt", common.state_of(step, gaze, optimizer, scaler, best, cfg, world))
+        if step == total or stop:
             break
         common.seed_step(cfg.seed, step, rank, world)
         lr = common.learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
@@ -238,32 +256,30 @@ def main():
             unreadable.update(batch["unreadable"])
             video = normalize(batch["video"].to(device, non_blocking=True))
             B, share = len(video), len(video) / sampler.local
-            t1 = time.time()
+            clock = [common.now(device)]
             with autocast:
                 gazing = roll_out(gaze, video, cfg, step, temperature)
-            t2 = time.time()
-            with torch.no_grad(), autocast:
-                loss = mae(video, gazing, frames)[1].float()  # (G·B, F)
-            t3 = time.time()
+            clock.append(common.now(device))
+            with autocast:
+                loss = measure(mae, video, gazing, frames, cfg.reward_batch)
+            clock.append(common.now(device))
             reward = -loss.view(cfg.group_size, B, n_recon)
             advantage = discounted_advantages((reward - reward.mean(0)).flatten(0, 1), frames, gazing, cfg.gamma)
-            last = i == sampler.n_micro - 1
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # gradients travel once per step
+            with sync(last=i == sampler.n_micro - 1):
                 with autocast:
                     log_prob, task_loss = ddp(video, gazing, cfg.policy, temperature)
                 predicted = task_loss.gather(1, common.last_slots(gazing)[:, frames])
                 error = ((predicted - loss) ** 2).mean()  # every rewarded frame has a last real slot
-                ((grpo_loss(log_prob, advantage) + cfg.task_loss_weight * error) * share).backward()
-            t4 = time.time()
-            seconds = [a + b for a, b in zip(seconds, (t2 - t1, t3 - t2, t4 - t3), strict=True)]
+                scaler.scale((grpo_loss(log_prob, advantage) + cfg.task_loss_weight * error) * share).backward()
+            clock.append(common.now(device))
+            seconds = [s + b - a for s, a, b in zip(seconds, clock, clock[1:], strict=False)]
             real, spread = ~gazing["if_padded_gazing"], reward.std(0)
             stats += share * torch.tensor([
                 reward.mean(), spread.mean(), (spread < 1e-6).float().mean(), -log_prob.detach().sum() / real.sum(),
                 real.sum() / (len(real) * cfg.n_frames), predicted.detach().mean(), loss.mean(), error.detach()])
             per_scale += share * torch.stack([m.sum().cpu() for m in gazing["gazing_mask"]]) / real.sum().cpu()
         common.check_finite(stats.sum().item(), step, keys)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
             *means, n_bad = common.all_sum(
                 *(x / world for x in [*stats.tolist(), *per_scale.tolist()]), len(unreadable))
@@ -272,7 +288,8 @@ def main():
             log.write(step + 1, total, step + 1 - start, **dict(zip(names, means, strict=False)),
                       per_scale=[round(x, 3) for x in means[len(names):]], temperature=temperature, lr=lr,
                       rollout_s=seconds[0], reward_s=seconds[1], update_s=seconds[2],
-                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
+                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=int(n_bad))
             t0 = time.time()
     common.finish()
 

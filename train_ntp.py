@@ -8,7 +8,6 @@
 The loss is the cross-entropy of the labelled patches plus the squared error of the predicted reconstruction loss after
 each of them (paper, section 3.4). Writes out_dir/{config.json, model.safetensors} for Gaze.from_pretrained.
 """
-import contextlib
 import math
 import sys
 import time
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import configurator
 import model
 import viz
-from data import Clips, check_label, collate, collate_gaze, load_labels, normalize
+from data import Clips, check_labels, collate, collate_gaze, load_labels, normalize
 from model import Gaze, GazeConfig
 from videomae import load_videomae
 
@@ -32,7 +30,7 @@ from videomae import load_videomae
 class Config:
     # data
     root: str = "data/toy"             # folders with train/ and val/, separated by commas
-    labels: str = "gazing_labels.json" # written by label.py, or the published files
+    labels: str = "gazing_labels.json" # written by label.py, or the published files; large ones: data.py pack
     videomae: str | None = None        # reconstructor for the validation loss: folder or file; none: no such loss
     loss_type: str = "l1"              # reconstruction loss: l1, dinov2_reg and siglip2, joined by +
     loss_weights: str = "1"            # of its terms (published: l1+dinov2_reg+siglip2 with 1+0.3+0.3)
@@ -67,7 +65,8 @@ class Config:
     task_loss_weight: float = 1.0      # of the loss-prediction error
     # validation
     val_ratio: float = 0.1             # gazing ratio (published)
-    val_split: Literal["uniform", "mean"] = "mean"  # over frames: all equal, or in proportion to alpha
+    val_split: Literal["uniform", "dirichlet", "mean"] = "mean"  # dirichlet: one draw for all evaluations (published)
+    val_requirement: float | None = None  # stop a frame at this predicted loss (published: none)
     alpha: str = "10,3"                # relative budget of the frames, the last value repeated
     val_clips: int = 256               # clips of the validation set that are used
     val_every: int = 3000              # steps (published)
@@ -76,14 +75,19 @@ class Config:
     log_every: int = 10                # steps
     seed: int = 666                    # published
     device: str = "auto"               # auto | cpu | cuda
-    dtype: Literal["float32", "bfloat16"] = "float32"  # autocast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
+    tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
+    compile: bool = False              # torch.compile for the training pass; never on a CPU
+    wandb: str | None = None           # project to mirror metrics.jsonl to; none: off
 
     def check(self):
-        if not 0 < self.val_ratio <= 1:
-            raise ValueError("val_ratio must lie in (0, 1]")
-        if self.epochs <= 0 or self.batch_size < 1:
-            raise ValueError("epochs and batch_size must be above 0")
-        common.parse_alpha(self.alpha, self.n_frames)
+        common.check_settings(self)
+        self.model()
+
+    def model(self):
+        keys = GazeConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        return GazeConfig(**{k: getattr(self, k) for k in keys}, max_num_frames=self.n_frames,
+                          gazing_ratio=self.val_ratio, task_loss_requirement=self.val_requirement)
 
 
 def ntp_loss(log_prob, task_loss, gazing, n_real):
@@ -136,71 +140,68 @@ def label_loss(gaze, loader, device):
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.init_processes(cfg.device)
+    rank, world, device = common.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- model
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
-    keys = GazeConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys()
-    gaze_cfg = GazeConfig(**{k: getattr(cfg, k) for k in keys}, max_num_frames=cfg.n_frames, gazing_ratio=cfg.val_ratio)
-    start, resumed = 0, None
+    start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        resumed = common.load_state(out / "last.pt")
-        start = resumed["step"]
-    if cfg.init_from in ("scratch", "resume"):
-        gaze = Gaze(gaze_cfg)
+        resumed = common.load_state(out, cfg, world, {*GazeConfig.__dataclass_fields__, "n_frames"})
+        start, best = resumed["step"], resumed["best"]
+        gaze = Gaze.from_pretrained(out)  # for its config.json: sizes may come from what the run started from
+        gaze.load_state_dict(resumed["model"])
+    elif cfg.init_from == "scratch":
+        gaze = Gaze(cfg.model())
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
         gaze.config.reference_decoding = False  # trained at exact positions, so decode at exact positions
-    if resumed:
-        gaze.load_state_dict(resumed["model"])
     gaze.to(device)
     V = gaze.config.num_ids
     mae = load_videomae(cfg, device) if cfg.videomae else None
 
     # ---- data
     labels = load_labels(cfg.labels)
-    for key, label in labels.items():
-        check_label(key, label, cfg.n_frames, V, cfg.labels)
+    check_labels(labels, cfg.n_frames, V, cfg.labels)
     R = gaze.config.image_size
     args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, labels=labels, cache=cfg.cache)
     train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
+    common.check_same(training_clips=len(train), validation_clips=len(val))
     total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
-    loader = iter(common.make_loader(train, sampler, cfg.n_workers, collate, cfg.seed + start))
+    loader = common.Feed(common.make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
     val_loader = common.make_loader(val, common.shard(n_val, rank, world, sampler.micro), 0, collate)
-    val_ratios = common.split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha, None)
+    val_ratios = common.split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha,
+                                    common.shared_generator(cfg.seed, 0))
 
     # ---- optimizer
     optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-    ddp = DistributedDataParallel(gaze) if world > 1 else gaze
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    ddp, sync, autocast, scaler, precision = common.prepare(gaze, optimizer, cfg, world, device, resumed)
     log = common.Log(cfg, rank, world, device, [
         f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters, "
         f"{common.count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
-        f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes; "
-        f"{total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
+        f"{sampler.arithmetic}; {total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
-        + (f"; resumed at step {start}" if start else "")])
+        + (f"; resumed at step {start}" if resumed else ""), precision], start)
 
     # ---- loop
     unreadable, t0 = set(), time.time()
     for step in range(start, total + 1):
-        if step % cfg.val_every == 0 or step == total:
-            metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, None, device)
-            log.write(step, total, step - start, **label_loss(gaze, val_loader, device), **metrics)
+        stop = common.stopping()
+        if (step % cfg.val_every == 0 or step == total) and not stop:
+            metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
+            labelled = label_loss(gaze, val_loader, device)
+            log.write(step, total, step - start, **labelled, **metrics)
+            best = common.keep_best(gaze, out, labelled["val_ntp"], best, rank)
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], gaze.config,
                           reconstruction=picture[2] if mae is None else picture[2][0],
                           title=f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-        if (step % cfg.save_every == 0 or step == total) and rank == 0:
+        if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)
-            common.save_state(
-                out / "last.pt", {"step": step, "model": gaze.state_dict(), "optimizer": optimizer.state_dict()})
-        if step == total:
+            common.save_state(out / "last.pt", common.state_of(step, gaze, optimizer, scaler, best, cfg, world))
+        if step == total or stop:
             break
         common.seed_step(cfg.seed, step, rank, world)
         lr = common.learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
@@ -214,20 +215,20 @@ def main():
             video, gazing = to_device(batch, V, device)
             if cfg.mirror:
                 video, gazing = mirror(video, gazing, gaze.config)
-            last = i == sampler.n_micro - 1
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # gradients travel once per step
+            with sync(last=i == sampler.n_micro - 1):
                 with autocast:
                     nll, error = ntp_loss(*ddp(video, gazing), gazing, n_real)
-                ((nll + cfg.task_loss_weight * error) * world).backward()  # DDP averages over ranks, we want the sum
+                loss = (nll + cfg.task_loss_weight * error) * world  # DDP averages over ranks, we want the sum
+                scaler.scale(loss).backward()
             sums = [sums[0] + nll.item(), sums[1] + error.item()]
         common.check_finite(sum(sums), step, [k for b in batches for k in b["key"]])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
             nll, error, n_bad = common.all_sum(*sums, len(unreadable))
             log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr,
                       epoch=(step + 1) * cfg.batch_size / len(train),
-                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every, unreadable=int(n_bad))
+                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=int(n_bad))
             t0 = time.time()
     common.finish()
 

@@ -9,7 +9,7 @@ r"""Train the reconstructor: a masked autoencoder on videos that sees random mul
 Ratio and split over frames are drawn as for the labels (label.py), one draw per step, the same on all ranks. The loss
 is that of a few randomly chosen frames. Writes out_dir/{config.json, model.safetensors}.
 """
-import contextlib
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import configurator
@@ -74,17 +73,24 @@ class Config:
     # run
     seed: int = 666
     device: str = "auto"               # auto | cpu | cuda
-    dtype: Literal["float32", "bfloat16"] = "float32"  # autocast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
+    tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
+    compile: bool = False              # torch.compile for the training pass; never on a CPU
+    wandb: str | None = None           # project to mirror metrics.jsonl to; none: off
     log_every: int = 50                # steps
-    val_every: int = 2000              # steps; also saves
+    val_every: int = 2000              # steps
+    save_every: int = 500              # steps
     val_clips: int = 256               # clips of the validation set that are used
 
     def check(self):
-        if not 0 < self.ratio_min <= self.ratio_max <= 1:
-            raise ValueError("need 0 < ratio_min <= ratio_max <= 1")
+        common.check_settings(self)
+        self.model()
         if not 1 <= self.recon_frames <= self.n_frames <= self.max_num_frames:
             raise ValueError("need 1 <= recon_frames <= n_frames <= max_num_frames")
-        common.parse_alpha(self.alpha, self.n_frames)
+
+    def model(self):
+        keys = VideoMAEConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        return VideoMAEConfig(**{k: getattr(self, k) for k in keys}, image_size=int(self.scales.split("+")[-1]))
 
 
 def draw_budgets(cfg, V, generator):
@@ -111,18 +117,17 @@ def evaluate(mae, clips, loader, cfg, device):
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.init_processes(cfg.device)
+    rank, world, device = common.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- model
-    keys = VideoMAEConfig.__dataclass_fields__.keys() & Config.__dataclass_fields__.keys()
-    model_cfg = VideoMAEConfig(**{k: getattr(cfg, k) for k in keys}, image_size=int(cfg.scales.split("+")[-1]))
+    model_cfg = cfg.model()
     loss_args = {k: getattr(cfg, k) for k in ("loss_type", "loss_weights", "dinov2_reg", "siglip2")}
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
-    start, resumed = 0, None
+    start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        resumed = common.load_state(out / "last.pt")
-        start = resumed["step"]
+        resumed = common.load_state(out, cfg, world, VideoMAEConfig.__dataclass_fields__.keys())
+        start, best = resumed["step"], resumed["best"]
         mae = VideoMAE(model_cfg, **loss_args)
         mae.load_state_dict(resumed["model"])
     elif cfg.init_from == "scratch":
@@ -135,10 +140,11 @@ def main():
     # ---- data
     R = model_cfg.image_size
     args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
-    train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, **args)
+    train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, seed=cfg.seed, **args)
     val = Clips(cfg.root, "val", **args)
+    common.check_same(training_clips=len(train), validation_clips=len(val))
     sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, cfg.steps)
-    loader = iter(common.make_loader(train, sampler, cfg.n_workers, collate, cfg.seed + start))
+    loader = common.Feed(common.make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
     val_loader = common.make_loader(val, common.shard(n_val, rank, world, sampler.micro), 0, collate)
 
@@ -147,33 +153,32 @@ def main():
     rest = [p for p in mae.parameters() if p.requires_grad and p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, cfg.beta2))
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-    ddp = DistributedDataParallel(mae) if world > 1 else mae
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    ddp, sync, autocast, scaler, precision = common.prepare(mae, optimizer, cfg, world, device, resumed)
     log = common.Log(cfg, rank, world, device, [
         f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "
         f"{common.count_parameters(mae.vit) / 1e6:.2f} M encoder + "
         f"{common.count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
-        f"batch {cfg.batch_size} = {sampler.micro} clips x {sampler.n_micro} micro-batches x {world} processes",
+        sampler.arithmetic,
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
-        + (f"; resumed at step {start}" if start else "")])
+        + (f"; resumed at step {start}" if resumed else ""), precision], start)
 
     # ---- loop
     unreadable, t0 = set(), time.time()
     for step in range(start, cfg.steps + 1):
-        if step % cfg.val_every == 0 or step == cfg.steps:
+        stop = common.stopping()
+        if (step % cfg.val_every == 0 or step == cfg.steps) and not stop:
             mae.eval()
             val_loss, picture = evaluate(mae, val, val_loader, cfg, device)
             log.write(step, cfg.steps, step - start, val_loss=val_loss)
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],
                           title=f"step {step}: loss {val_loss:.3f}")
-                mae.save_pretrained(out)
-                common.save_state(
-                    out / "last.pt", {"step": step, "model": mae.state_dict(), "optimizer": optimizer.state_dict()})
+            best = common.keep_best(mae, out, val_loss, best, rank)
             mae.train()
-        if step == cfg.steps:
+        if (step % cfg.save_every == 0 or step == cfg.steps or stop) and rank == 0:
+            mae.save_pretrained(out)
+            common.save_state(out / "last.pt", common.state_of(step, mae, optimizer, scaler, best, cfg, world))
+        if step == cfg.steps or stop:
             break
         common.seed_step(cfg.seed, step, rank, world)
         lr = common.learning_rate("linear_w_warmup", step, cfg.steps, cfg.lr, cfg.lr_end, cfg.warmup)
@@ -189,21 +194,20 @@ def main():
             unreadable.update(batch["unreadable"])
             video = normalize(batch["video"].to(device, non_blocking=True))
             gazing = {k: v.to(device) for k, v in common.random_gazing(budgets, len(video), V).items()}
-            last = i == sampler.n_micro - 1
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # gradients travel once per step
+            with sync(last=i == sampler.n_micro - 1):
                 with autocast:
                     loss = ddp(video, gazing, frames)[1].mean() * (len(video) / sampler.local)
-                loss.backward()
+                scaler.scale(loss).backward()
             step_loss += loss.item()
         common.check_finite(step_loss, step, keys)
+        scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), cfg.clip_grad).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
             loss, n_bad = common.all_sum(step_loss / world, len(unreadable))
             log.write(step + 1, cfg.steps, step + 1 - start, loss=loss, lr=lr, grad_norm=grad_norm,
                       gazes_per_clip=sum(budgets), ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      unreadable=int(n_bad))
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=int(n_bad))
             t0 = time.time()
     common.finish()
 

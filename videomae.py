@@ -365,7 +365,7 @@ class VideoMAE(nn.Module):
                 full = d.mask_token.expand(rows, V + 1, -1)
                 # padded slots are written to a column that is cut off again
                 index = ids.masked_fill(pad, V).unsqueeze(-1).expand_as(slots)
-                part = full.scatter(1, index, slots)[:, :V] + grid
+                part = full.scatter(1, index, slots.to(full.dtype))[:, :V] + grid  # autocast halves slots
                 keep.append(padded.new_ones(rows, V))
             else:
                 part = slots + grid[ids]

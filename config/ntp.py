@@ -10,6 +10,7 @@ lr = 5e-4
 lr_end = 1e-5
 lr_schedule = "linear"
 val_ratio = 0.1
+val_split = "dirichlet"
 val_every = 3000
 save_every = 500
 seed = 666

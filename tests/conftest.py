@@ -1,5 +1,7 @@
 """Tiny models and videos that all tests share. Weights are enlarged, so that decisions have clear margins and a wrong
 position or a wrong key shows: with fresh weights the decoder hardly looks at its past."""
+import signal
+
 import pytest
 import torch
 
@@ -37,6 +39,13 @@ def tiny_mae(seed=0, **config):
 
 def normal_video(n_clips, n_frames=4, side=32, seed=1):
     return torch.randn(n_clips, n_frames, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def sigterm_ends_the_tests():
+    """Training scripts that ran in this process have taken the signal over."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

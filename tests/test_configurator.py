@@ -1,4 +1,5 @@
 """Settings: what a person types or writes into a file becomes the typed value, or an error that says what to write."""
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -189,3 +190,24 @@ def test_script(tmp_path, monkeypatch, argv, code, out, err):
     run = subprocess.run([sys.executable, path, *argv], capture_output=True, text=True)
     assert run.returncode == code and "Traceback" not in run.stderr and bool(run.stderr) == bool(err), run.stderr
     assert all(words in run.stdout for words in out) and all(words in run.stderr for words in err)
+
+
+def test_option_table():
+    """Every key in docs/options.md exists in the scripts named behind it, and every config file loads."""
+    import train_grpo
+    import train_ntp
+    import train_videomae
+    scripts = {"N": train_ntp.Config, "G": train_grpo.Config, "V": train_videomae.Config}
+    root = Path(configurator.__file__).parent
+    rows = [line.split("|") for line in (root / "docs/options.md").read_text().splitlines() if line.startswith("|")]
+    found = 0
+    for cell in (row[2] for row in rows[2:]):
+        for keys, names in re.findall(r"((?:`\w+`(?:, )?)+) ((?:[NGV] ?)+)", cell):
+            for key in re.findall(r"`(\w+)`", keys):
+                for name in names.split():
+                    assert key in scripts[name].__dataclass_fields__, (key, name)
+                    found += 1
+    assert found > 80
+    for script, files in ((train_ntp, ["ntp", "ntp_paper"]), (train_grpo, ["grpo", "grpo_paper"]),
+                          (train_videomae, ["videomae"])):
+        configurator.load(script.Config, [str(root / f"config/{name}.py") for name in files], verbose=False)

@@ -1,0 +1,26 @@
+"""train_grpo.py with rollouts drawn clip by clip, from seeds that only the clip and the step give: then any number of
+processes and micro-batches sees the same rollouts. Run as a script by test_training.py."""
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_grpo  # noqa: E402
+import viz  # noqa: E402
+
+original = train_grpo.roll_out
+
+
+def roll_out(gaze, video, cfg, step, temperature):
+    rows = []
+    for clip in video:
+        torch.manual_seed(zlib.crc32(clip.numpy().tobytes()) + step)
+        rows.append(original(gaze, clip[None], cfg, step, temperature))
+    return gaze.merge([viz.one_clip(row, g) for g in range(cfg.group_size) for row in rows])
+
+
+if __name__ == "__main__":
+    train_grpo.roll_out = roll_out
+    train_grpo.main()

@@ -1,0 +1,197 @@
+"""What users get wrong, one row each: what was done, the error, and the words it has to say (file or key, and why)."""
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from conftest import tiny_gaze, tiny_mae
+
+import common
+import data
+import label
+import train_grpo
+import train_ntp
+import train_videomae
+from data import VideoError
+from videomae import VideoMAE
+
+V = 20  # ids per frame
+SIZES = ["--scales=16+32", "--patch_size=8", "--hidden_size=32", "--num_layers=1", "--num_heads=2",
+         "--intermediate_size=32", "--num_multi_token_pred=3", "--n_frames=4", "--n_workers=0", "--device=cpu",
+         "--batch_size=2", "--micro_batch=0"]
+
+
+def call(script, *args):
+    """main() of a script in this process."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "argv", ["script", *args])
+        script.main()
+
+
+# ---- settings: one line and exit code 2, before anything is loaded
+
+@pytest.mark.parametrize("script, args, says", [
+    (train_ntp, "--lrr=1", "unknown key 'lrr'.*did you mean lr"),
+    (train_ntp, "--lr=fast", "lr: expected float, got 'fast'"),
+    (train_ntp, "--lr=0", "lr=0.0"), (train_ntp, "--epochs=0", "epochs"), (train_ntp, "--steps=0", "steps=0"),
+    (train_ntp, "--val_ratio=0", "val_ratio=0"), (train_ntp, "--val_ratio=1.1", "val_ratio=1.1"),
+    (train_ntp, "--alpha=1,0", "alpha='1,0'"), (train_ntp, "--alpha=1,2,3 --n_frames=2", "alpha='1,2,3'.*2 values"),
+    (train_ntp, "--num_multi_token_pred=266", "num_multi_token_pred=266.*1..265"),
+    (train_ntp, "--scales=32+60", r"scales='32\+60'.*patch_size=16"),
+    (train_ntp, "--scales=64+32", "ascend"),
+    (train_ntp, "--batch_size=0", "batch_size=0"), (train_ntp, "--micro_batch=-1", "micro_batch=-1"),
+    (train_ntp, "--val_every=0", "val_every=0"), (train_ntp, "--warmup=1", "warmup=1"),
+    (train_ntp, "--dtype=fp8", "auto | float32 | bfloat16 | float16"),
+    (train_grpo, "--group_size=1", "group_size must be at least 2"),
+    (train_grpo, "--recon_sample_rate=0.01", "recon_sample_rate=0.01 of 16 frames"),
+    (train_grpo, "--temperature=0", "temperature must be above 0"),
+    (train_grpo, "--ratio_min=0.5", "ratio_min=0.5 is above ratio_max=0.2"),
+    (train_grpo, "--requirement_min=2", "requirement_min=2.0 is above"),
+    (train_grpo, "--init_from=scratch --hidden_size=100", "hidden_size=100.*num_heads=6"),
+    (train_videomae, "--ratio_max=2", "ratio_max=2.0"), (train_videomae, "--recon_frames=17", "recon_frames"),
+    (train_videomae, "--scales=32+60", "scales="), (label, "--ratio_max=2", "ratio_max")])
+def test_settings(script, args, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(script, *args.split())
+    assert stop.value.code == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+# ---- labels, as JSON and packed
+
+def one(change):
+    """Labels of the toy clips with one of them changed in place."""
+    def labels(good):
+        good = json.loads(json.dumps(good))
+        change(good["toy/train/000002.mp4"]["gazing_pos"], good["toy/train/000002.mp4"]["task_losses"])
+        return json.dumps(good)
+    return labels
+
+
+WHERE = r"labels.json.*toy/train/000002.mp4'.*"
+LABELS = [
+    ("id beyond the last", one(lambda pos, loss: pos[2].__setitem__(0, 3 * V)), WHERE + "id 60 is not in 40..59"),
+    ("id of another frame", one(lambda pos, loss: pos[1].__setitem__(0, 5)), WHERE + "frame 1: id 5 is not in 20..39"),
+    ("id below zero", one(lambda pos, loss: pos[0].__setitem__(0, -1)), WHERE + "id -1"),
+    ("id no whole number", one(lambda pos, loss: pos[0].__setitem__(0, 1.5)), WHERE + "id 1.5"),
+    ("an id twice", one(lambda pos, loss: pos[0].__setitem__(1, pos[0][0])), WHERE + "takes a patch twice: 1"),
+    ("NaN", one(lambda pos, loss: loss[0].__setitem__(0, math.nan)), WHERE + "frame 0 has a loss that is not a finite"),
+    ("null", one(lambda pos, loss: loss[0].__setitem__(0, None)), WHERE + "frame 0 has a loss that is not a finite"),
+    ("a loss missing", one(lambda pos, loss: loss[0].pop()), WHERE + "2 gazes but 1 losses"),
+    ("a frame missing", one(lambda pos, loss: (pos.pop(), loss.pop())), WHERE + "3 frames.*expected 4"),
+    ("losses of a frame missing", one(lambda pos, loss: loss.pop()), WHERE + "3 of losses"),
+    ("no list", one(lambda pos, loss: pos.__setitem__(0, 7)), WHERE + "needs a list per frame"),
+    ("no losses at all", lambda good: '{"toy/train/000002.mp4": {"gazing_pos": []}}', "labels.json.*'task_losses'"),
+    ("cut off", lambda good: json.dumps(good)[:-40], "labels.json is not valid JSON.*cut off"),
+    ("empty file", lambda good: "", "labels.json is not valid JSON"),
+    ("a list", lambda good: "[]", "labels.json: expected an object of labels by video"),
+    ("not JSON behind a label", lambda good: json.dumps(good)[:-1] + ", }", "labels.json is not valid JSON"),
+    ("of other videos", lambda good: json.dumps({k.replace("toy", "else"): v for k, v in good.items()}),
+     "no label fits a video of .*toy/train/000000.mp4.*else/train/")]
+
+
+@pytest.fixture(scope="module")
+def good():
+    """Every frame but the last, which is empty: nothing gazed is allowed."""
+    frames = [[V * t + 1, V * t + 7] for t in range(3)] + [[]]
+    return {f"toy/{split}/{i:06d}.mp4": {"gazing_pos": frames, "task_losses": [[0.5, 0.4]] * 3 + [[]]}
+            for split, n in (("train", 6), ("val", 3)) for i in range(n)}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("text, says", [row[1:] for row in LABELS], ids=[row[0] for row in LABELS])
+def test_labels(tmp_path, toy, good, text, says, packed):
+    path = tmp_path / "labels.json"
+    path.write_text(text(good))
+    with pytest.raises(ValueError, match=says.replace("labels.json", r"labels\.(json|packed)")):
+        path = data.pack_labels(path) if packed else path
+        call(train_ntp, *SIZES, f"--root={toy}", f"--labels={path}", f"--out_dir={tmp_path}")
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_empty_frames_are_allowed(tmp_path, toy, good, packed):
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(good))
+    path = data.pack_labels(path) if packed else path
+    call(train_ntp, *SIZES, f"--root={toy}", f"--labels={path}", f"--out_dir={tmp_path}", "--steps=1")
+
+
+# ---- videos, checkpoints, disks. Checkpoints have no files of single ranks: nothing of that kind can be missing
+
+def all_corrupt(folder, toy):
+    for split in ("train", "val"):
+        (folder / "toy" / split).mkdir(parents=True)
+        for i in range(2):
+            (folder / "toy" / split / f"{i}.mp4").write_bytes(b"")
+    call(train_videomae, *[a for a in SIZES if a.split("=")[0][2:] not in ("num_layers", "num_heads",
+         "num_multi_token_pred")], f"--root={folder / 'toy'}", f"--out_dir={folder}", "--num_hidden_layers=1",
+         "--decoder_num_hidden_layers=1", "--max_num_frames=4", "--decoder_hidden_size=32")
+
+
+def resume(folder, toy, *args, text=None):
+    """Resume from a checkpoint with other settings, or from a damaged one."""
+    (folder / "labels.json").write_text("{}")
+    cfg = train_ntp.configurator.load(train_ntp.Config, [*SIZES], verbose=False)
+    common.save_state(folder / "last.pt", {"step": 1, "config": common.asdict(cfg)})
+    if text is not None:
+        (folder / "last.pt").write_bytes(text)
+    call(train_ntp, *SIZES, *args, "--init_from=resume", f"--root={toy}", f"--labels={folder / 'labels.json'}",
+         f"--out_dir={folder}")
+
+
+def wrong_prefix(folder, toy):
+    torch.save({f"encoder.{k}": v for k, v in tiny_mae().state_dict().items()}, folder / "videomae.pt")
+    VideoMAE.from_pretrained(folder / "videomae.pt", tiny_mae().config)
+
+
+def other_scales(folder, toy):
+    tiny_mae(scales="8+32").save_pretrained(folder / "mae")
+    tiny_gaze().save_pretrained(folder / "gaze")
+    call(train_grpo, f"--videomae={folder / 'mae'}", f"--init_from={folder / 'gaze'}", "--n_frames=4",
+         "--recon_sample_rate=0.5", f"--root={toy}", f"--out_dir={folder}", "--device=cpu")
+
+
+def disk_full(folder, toy):
+    common.save_state(folder / "last.pt", {"step": 7})
+    (folder / "last.pt.tmp").symlink_to("/dev/full")
+    try:
+        common.save_state(folder / "last.pt", {"step": 8, "model": torch.zeros(100000)})
+    finally:
+        assert torch.load(folder / "last.pt", weights_only=True) == {"step": 7} and len(list(folder.iterdir())) == 1
+
+
+def damaged_pack(folder, toy):
+    (folder / "l.json").write_text('{"a/b/c.mp4": {"gazing_pos": [[1]], "task_losses": [[0.5]]}}')
+    packed = data.pack_labels(folder / "l.json")
+    (packed / "gazing_pos.bin").write_bytes(b"12")
+    data.load_labels(packed)
+
+
+def wandb_missing(folder, toy):
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(sys.modules, "wandb", None)
+        train_ntp.configurator.load(train_ntp.Config, ["--wandb=x"], verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("do, error, says", [
+    (all_corrupt, VideoError, "all 2 videos from .*0.mp4 on are unreadable"),
+    (lambda f, toy: call(train_ntp, *SIZES, "--init_from=resume", f"--out_dir={f}", f"--root={toy}"),
+     FileNotFoundError, "last.pt: no such checkpoint; init_from=resume needs"),
+    (lambda f, toy: resume(f, toy, "--hidden_size=64"), ValueError, r"last.pt.*hidden_size=64 \(was 32\)"),
+    (lambda f, toy: resume(f, toy, text=b"PK\3\4 cut"), ValueError, "last.pt is no checkpoint of this script"),
+    (lambda f, toy: resume(f, toy, text=b""), ValueError, "last.pt is no checkpoint of this script"),
+    (lambda f, toy: call(train_ntp, *SIZES, f"--init_from={f}"), FileNotFoundError, "has no config.json"),
+    (wrong_prefix, ValueError, "videomae.pt does not fit: missing vit.embeddings.cls_token"),
+    (other_scales, ValueError, r"scales 8\+32.*16\+32"),
+    (disk_full, OSError, "last.pt could not be written, the one before it is kept: is the disk full"),
+    (damaged_pack, ValueError, "gazing_pos.bin has 2 bytes, 4 expected"),
+    (lambda f, toy: data.load_labels(f), ValueError, "labels=.*not a folder written by"),
+    (lambda f, toy: data.list_videos(f / "none", "train"), FileNotFoundError, "none does not exist: expected videos"),
+    (wandb_missing, ValueError, "wandb=x needs the package: pip install wandb")])
+def test_files(tmp_path, toy, do, error, says):
+    with pytest.raises(error, match=says):
+        do(tmp_path, toy)
