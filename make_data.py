@@ -99,28 +99,28 @@ def check_numbers(cfg, positive, even):
 # ----------------------------------------------------------------------------------------------------------------------
 # toy clips
 
-def texture(rng, h, w, sides, n_patches, rough):
+def texture(rng, h, w, sides, n_patches, rough, period):
     """(h, w, 3) uint8: smooth colour, `rough` adds blotches, under hard-edged patterned patches with sides of `sides`
-    pixels. Most of a background can be told from a coarse look; its patches cannot."""
+    pixels and stripes or cells of about `period` pixels. A coarse look tells most of a background, but not its patches."""
     def noise(cells):
         grid = rng.standard_normal((1, 3, cells, cells), dtype=np.float32)
         return F.interpolate(torch.from_numpy(grid), size=(h, w), mode="bicubic").numpy()[0].transpose(1, 2, 0)
 
-    image = rng.uniform(60, 195, 3) + 25 * noise(2) + rough * noise(5)
+    image = rng.uniform(60, 195, 3) + 15 * noise(2) + rough * noise(5)
     for _ in range(n_patches):
         ph, pw = rng.integers(*sides, 2)
         y, x = rng.integers(-ph // 2, h - ph // 2), rng.integers(-pw // 2, w - pw // 2)
         patch = image[max(y, 0):y + ph, max(x, 0):x + pw]  # a view: filled in place
         yy, xx = np.mgrid[:patch.shape[0], :patch.shape[1]]
-        period = max(2, round(rng.uniform(0.2, 0.5) * ph))
+        stripe = max(2, round(period * rng.uniform(0.75, 1.25)))
         kind = rng.choice(["plain", "stripes", "checker", "gravel"])
         if kind == "stripes":
             angle = rng.uniform(0, math.pi)
-            pattern = (yy * math.sin(angle) + xx * math.cos(angle)) // period % 2
+            pattern = (yy * math.sin(angle) + xx * math.cos(angle)) // stripe % 2
         elif kind == "checker":
-            pattern = (yy // period + xx // period) % 2
+            pattern = (yy // stripe + xx // stripe) % 2
         elif kind == "gravel":  # cells of random shades between the two colours
-            pattern = rng.random((ph // period + 1, pw // period + 1))[yy // period, xx // period]
+            pattern = rng.random((ph // stripe + 1, pw // stripe + 1))[yy // stripe, xx // stripe]
         else:
             pattern = np.zeros(patch.shape[:2])
         dark, light = rng.uniform(20, 235, (2, 3))
@@ -157,12 +157,12 @@ def sprite(rng, cfg, n_frames, moving):
         visible[:rng.integers(1, n_frames)] = False  # appears ...
         if rng.random() < 0.5:
             visible = ~visible  # ... or vanishes
-    return texture(rng, h, w, (max(2, h // 3), h + 1), 3, 30), mask, ys, xs, visible
+    return texture(rng, h, w, (max(2, h // 3), h + 1), 3, 15, cfg.height / 6), mask, ys, xs, visible
 
 
 def render_shot(rng, cfg, n_frames, kind):
     """(n_frames, height, width, 3) uint8 without a cut."""
-    decor = (max(2, cfg.height // 7), max(3, cfg.height // 3 + 2)), rng.integers(2, 7), 0
+    decor = (max(2, cfg.height // 7), max(3, cfg.height // 3 + 2)), rng.integers(1, 5), 0, cfg.height / 6
     if kind == "pan":
         angle, speed = rng.uniform(0, 2 * math.pi), rng.uniform(1, 4)
         dy, dx = (np.rint(np.arange(n_frames) * speed * f(angle)).astype(int) for f in (math.sin, math.cos))

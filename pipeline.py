@@ -29,9 +29,9 @@ class Config:
     ntp_args: str = ""                 # more settings of this stage, as on its command line: "--steps=200 --lr=1e-3"
     grpo_args: str = ""                # of both GRPO runs
     label_clips: int = 3000            # training clips that get labels
-    ratio: float = 0.205               # gazing ratio at which the methods are compared
-    other_ratios: str = "0.1,0.35"     # further points of the curve; empty: none
-    alpha: str = "8,3"                 # split of the budget over the frames
+    ratio: float = 0.251               # gazing ratio at which the methods are compared
+    other_ratios: str = "0.15,0.4"     # further points of the curve; empty: none
+    alpha: str = "12,3"                # split of the budget over the frames
     n_frames: int = 4                  # clip length
     n_processes: int = 2               # cores to use
     seed: int = 666                    # of every stage

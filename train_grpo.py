@@ -83,7 +83,7 @@ class Config:
     batch_size: int = 64               # clips per step over all processes (published script; the paper says 256)
     micro_batch: int = 2               # most clips at once in one process, group_size copies of each; 0: all its share
     reward_batch: int = 0              # most rollouts at once in the reconstructor, which bounds its memory; 0: all
-    optimizer: Literal["adam", "sgd"] = "sgd"  # published: plain SGD without momentum
+    optimizer: Literal["adam", "sgd", "muon"] = "sgd"  # published: plain SGD without momentum
     lr: float = 5e-4                   # published
     lr_end: float = 0.0
     lr_schedule: Literal["linear", "linear_w_warmup", "constant"] = "linear_w_warmup"
@@ -215,7 +215,7 @@ def main():
                                     common.shared_generator(cfg.seed, 0))
 
     # ---- optimizer
-    optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
+    optimizer = common.make_optimizer(cfg.optimizer, gaze, cfg.lr)
     ddp, sync, autocast, scaler, precision = common.prepare(gaze, optimizer, cfg, world, device, resumed)
     n_recon = int(cfg.recon_sample_rate * cfg.n_frames)
     log = common.Log(cfg, rank, world, device, [

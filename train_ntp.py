@@ -57,7 +57,7 @@ class Config:
     steps: int | None = None           # optimizer steps, in place of epochs
     batch_size: int = 1024             # clips per step over all processes (published script; the paper says 256)
     micro_batch: int = 32              # most clips at once in one process (published); 0: all of its share
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "muon"] = "adam"
     lr: float = 5e-4                   # published
     lr_end: float = 1e-5               # published
     lr_schedule: Literal["linear", "linear_w_warmup", "constant"] = "linear"
@@ -176,7 +176,7 @@ def main():
                                     common.shared_generator(cfg.seed, 0))
 
     # ---- optimizer
-    optimizer = common.make_optimizer(cfg.optimizer, gaze.parameters(), cfg.lr)
+    optimizer = common.make_optimizer(cfg.optimizer, gaze, cfg.lr)
     ddp, sync, autocast, scaler, precision = common.prepare(gaze, optimizer, cfg, world, device, resumed)
     log = common.Log(cfg, rank, world, device, [
         f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters, "

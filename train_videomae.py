@@ -64,10 +64,11 @@ class Config:
     steps: int = 50000                 # optimizer steps
     batch_size: int = 128              # clips per step over all processes
     micro_batch: int = 16              # most clips at once in one process; 0: all of its share
-    lr: float = 3e-4                   # AdamW peak
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4                   # peak
     lr_end: float = 0.0
     warmup: float = 0.05               # share of the steps
-    weight_decay: float = 0.05         # as MAE
+    weight_decay: float = 0.05         # as MAE; not with muon
     beta2: float = 0.95                # as MAE
     clip_grad: float = 1.0             # largest gradient norm
     # run
@@ -149,10 +150,13 @@ def main():
     val_loader = common.make_loader(val, common.shard(n_val, rank, world, sampler.micro), 0, collate)
 
     # ---- optimizer
-    decay = [p for p in mae.parameters() if p.requires_grad and p.dim() > 1]
-    rest = [p for p in mae.parameters() if p.requires_grad and p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
-                                   {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, cfg.beta2))
+    if cfg.optimizer == "muon":
+        optimizer = common.Muon(mae, cfg.lr, betas=(0.9, cfg.beta2))
+    else:
+        decay = [p for p in mae.parameters() if p.requires_grad and p.dim() > 1]
+        rest = [p for p in mae.parameters() if p.requires_grad and p.dim() <= 1]
+        optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
+                                       {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, cfg.beta2))
     ddp, sync, autocast, scaler, precision = common.prepare(mae, optimizer, cfg, world, device, resumed)
     log = common.Log(cfg, rank, world, device, [
         f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "

@@ -431,8 +431,10 @@ def run(stages, toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script, args, die_at", [
-    (train_videomae, MAE, 3), (train_videomae, [*MAE, "--crop=random", "--random_start=true", "--n_workers=1"], 2),
-    (train_ntp, [*NTP, "--save_every=2", "--mirror=true"], 3), (train_grpo, GRPO, 3),
+    (train_videomae, MAE, 3), (train_videomae, [*MAE, "--crop=random", "--random_start=true", "--n_workers=1",
+                                 "--optimizer=adamw"], 2),
+    (train_ntp, [*NTP, "--save_every=2", "--mirror=true", "--optimizer=adam"], 3), (train_ntp, NTP, 3),
+    (train_grpo, GRPO, 3),
     (train_grpo, [*GRPO, "--split=dirichlet", "--crop=random", "--optimizer=sgd", "--dtype=float16"], 2)])
 def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, die_at):
     """Bit for bit, though it was killed in the middle of an epoch and of an accumulation, after its checkpoint."""
