@@ -101,7 +101,7 @@ def check_numbers(cfg, positive, even):
 
 def texture(rng, h, w, sides, n_patches, rough, period):
     """(h, w, 3) uint8: smooth colour, `rough` adds blotches, under hard-edged patterned patches with sides of `sides`
-    pixels and stripes or cells of about `period` pixels. A coarse look tells most of a background, but not its patches."""
+    pixels and stripes or cells of about `period`. A coarse look tells most of a background, but not its patches."""
     def noise(cells):
         grid = rng.standard_normal((1, 3, cells, cells), dtype=np.float32)
         return F.interpolate(torch.from_numpy(grid), size=(h, w), mode="bicubic").numpy()[0].transpose(1, 2, 0)
