@@ -124,11 +124,12 @@ def test_all_patches_of_an_image_are_plain_siglip():
 
 @pytest.mark.parametrize("frame_independent", [False, True])
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("n_real", [[[4, 3, 2], [1, 5, 2]], [[4, 0, 2], [0, 0, 1]], [[3, 2, 4], [3, 2, 4]]],
-                         ids=["uneven", "empty frames", "clips alike"])
+@pytest.mark.parametrize("n_real", [
+    [[4, 3, 2], [1, 5, 2]], [[4, 0, 2], [0, 0, 1]], [[3, 2, 4], [3, 2, 4]], [[18] * 60, [9, 19] * 30]],
+    ids=["uneven", "empty frames", "clips alike", "long"])
 def test_against_masks(attention, frame_independent, n_real):
     vit = load(attention=attention, frame_independent=frame_independent)
-    gazing, video = random_gazing(20, n_real), normal_video(2, 3)
+    gazing, video = random_gazing(20, n_real), normal_video(2, len(n_real[0]))
     close(vit(video, gazing), expected(vit, video, gazing), rtol=1e-4, atol=1e-5)
 
 
