@@ -35,7 +35,8 @@ class GazeViT(nn.Module):
     patches is not seen, as in SigLIP itself.
 
     attention: a token sees, in its clip, "block_causal" the tokens of its own and earlier frames; "causal" itself and
-    the tokens before it; "bidirectional" all. frame_independent: and only those of its own frame.
+    the tokens before it; "bidirectional" all. frame_independent: and only those of its own frame. There is no dropout:
+    SigLIP's is 0 in its published files.
     """
 
     def __init__(self, network, scales, attention="block_causal", frame_independent=False):

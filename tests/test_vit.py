@@ -118,6 +118,21 @@ def test_all_patches_of_an_image_are_plain_siglip():
     close(vit.pool(out, gazing), plain.pooler_output, rtol=1e-4, atol=1e-5)
 
 
+def test_whole_siglip_with_text(tmp_path, capsys):
+    """As SigLIP is published: text and vision in one file, no scales in its config."""
+    from transformers import SiglipConfig, SiglipModel
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = SiglipModel(SiglipConfig(text_config=sizes | dict(vocab_size=20, projection_size=16),
+                                     vision_config=sizes | dict(image_size=32, patch_size=8))).eval()
+    model.save_pretrained(tmp_path)
+    vit, video = GazeViT.from_pretrained(tmp_path, scales="16+32").requires_grad_(False), normal_video(1, 2)
+    gazing = random_gazing(20, [[4, 3]])
+    out = vit(video, gazing)
+    close(out, GazeViT(model.vision_model, "16+32")(video, gazing), rtol=0, atol=0)
+    close(out, expected(vit, video, gazing), rtol=1e-4, atol=1e-5)
+    assert "fetching" not in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # attention
 
