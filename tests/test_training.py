@@ -258,7 +258,7 @@ MAE = [*SIZES, *RUN, "--max_num_frames=8", "--num_hidden_layers=1", "--num_atten
        "--decoder_intermediate_size=64", "--recon_frames=2", "--ratio_max=0.4", "--steps=4", "--val_every=2",
        "--save_every=2"]
 NTP = [*SIZES, *RUN, "--num_layers=2", "--num_heads=4", "--num_multi_token_pred=3", "--epochs=4", "--save_every=3",
-       "--val_every=3", "--lr=1e-3"]
+       "--val_every=3", "--optimizer=adam", "--lr=1e-3"]
 GRPO = [*RUN, "--group_size=3", "--recon_sample_rate=0.5", "--optimizer=adam", "--epochs=2.7", "--save_every=2",
         "--val_every=2", "--ratio=0.3"]
 TIMES = ("time", "ms_per_step", "data_ms", "memory_gb", "rollout_s", "reward_s", "update_s")
@@ -434,7 +434,7 @@ def run(stages, toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, args, die_at", [
     (train_videomae, MAE, 3), (train_videomae, [*MAE, "--crop=random", "--random_start=true", "--n_workers=1",
                                  "--optimizer=adamw"], 2),
-    (train_ntp, [*NTP, "--save_every=2", "--mirror=true", "--optimizer=adam"], 3), (train_ntp, NTP, 3),
+    (train_ntp, [*NTP, "--save_every=2", "--mirror=true"], 3), (train_ntp, [*NTP, "--optimizer=muon"], 3),
     (train_grpo, GRPO, 3),
     (train_grpo, [*GRPO, "--split=dirichlet", "--crop=random", "--optimizer=sgd", "--dtype=float16"], 2)])
 def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, script, args, die_at):
