@@ -13,6 +13,7 @@ A *gaze* of B clips is a dict of three tensors, frame after frame along N (paper
 Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), P vision tokens per frame (finest
 scale), K slots predicted at once, N slots of a clip, L tokens of a clip, D width, H heads.
 """
+import functools
 import json
 import math
 import os
@@ -220,15 +221,18 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask=None, remember=None):
-        """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them."""
+    def forward(self, x, cos, sin, mask=None, remember=None, wanted=None):
+        """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them.
+        wanted (B, M): the tokens whose output is of use, whose rows `mask` then has; returns (B, M, D)."""
         attn, mlp = self.self_attn, self.mlp
         y = self.input_layernorm(x)
         q, k, v = (rearrange(attn[n](y), "b l (h d) -> b h l d", h=self.num_heads)
                    for n in ("q_proj", "k_proj", "v_proj"))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (rotate(a, cos, sin).to(v.dtype) for a in (q, k))  # autocast halves v
         if remember is not None:
             k, v = remember(k, v)
+        if wanted is not None:
+            x, q = take(x, wanted), torch.take_along_dim(q, wanted[:, None, :, None], 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + attn["o_proj"](rearrange(y, "b h l d -> b l (h d)"))
         y = self.post_attention_layernorm(x)
@@ -243,8 +247,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(c), persistent=False)
 
-    def forward(self, x, positions=None, mask=None, remember=None):
-        """x (B, L, D) -> (B, L, D) before the final norm. positions (L,) or (B, L); default 0, 1, 2, …, causal."""
+    def forward(self, x, positions=None, mask=None, remember=None, wanted=None):
+        """x (B, L, D) -> (B, L, D) before the final norm, or only the tokens at wanted (B, M): the last layer leaves
+        out the others, of which nothing but keys and values matters there. positions (L,) or (B, L); default 0, 1, 2,
+        …, causal. mask (1 | B, 1, L, keys): added to attention scores."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         angle = positions.unsqueeze(-1) * self.frequencies.float()  # (…, L, d/2)
@@ -252,7 +258,15 @@ class Decoder(nn.Module):
             angle = angle.unsqueeze(1)  # the same for all heads
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, None if remember is None else lambda k, v, i=i: remember(i, k, v))
+            put = None if remember is None else functools.partial(remember, i)
+            if wanted is None or i < len(self.layers) - 1:
+                x = layer(x, cos, sin, mask, put)
+            else:
+                if mask is None:
+                    mask = (torch.arange(x.shape[1], device=x.device) <= wanted.unsqueeze(-1)).unsqueeze(1)
+                else:
+                    mask = torch.take_along_dim(mask, wanted[:, None, :, None], 2)
+                x = layer(x, cos, sin, mask, put, wanted)
         return x
 
 
@@ -373,7 +387,7 @@ class Gaze(nn.Module):
         if padded.any():
             order, went = pack_front(torch.cat(keep, dim=1))
             x, sources = take(x, order), went.gather(1, sources)
-        h = self.decoder.norm(take(self.decoder(x), sources))  # (B, M, D)
+        h = self.decoder.norm(self.decoder(x, wanted=sources))  # (B, M, D)
 
         slot_row = torch.tensor(slot_row, device=pos.device, dtype=torch.long)
         logits = self.lm_head(h).view(B, -1, V + 1)[:, slot_row].float()  # (B, N, V + 1)
@@ -577,7 +591,9 @@ class GazeStream:
         self.device = p.device
         # an int while all clips have the same number of tokens, else (B,)
         self.length, self.longest = 0, 0
-        self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads)
+        kind = self.device.type  # under autocast keys come in its type: kept so, not turned into it at every step
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else p.dtype
+        self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads, dtype=dtype)
 
     def for_row(self, i):
         """The same settings for clip i alone, at the start of its video."""
@@ -616,22 +632,25 @@ class GazeStream:
             self.cache = cache
 
     def feed(self, x, keep, positions=None):
-        """Append tokens x (B, q, D) to the cache; keep (B, q) | None marks the real ones. Returns hidden (B, q, D)."""
-        q = x.shape[1]
-        went = None
+        """Append tokens x (B, q, D) to the cache; keep (B, q) | None marks the real ones. Returns what the last of
+        them says (B, D)."""
+        B, q = x.shape[:2]
+        last = torch.full((B, 1), q - 1, device=self.device)
         if keep is not None and bool(keep.all()):
             keep = None
         if keep is not None:
             order, went = pack_front(keep)
-            x = take(x, order)
+            x, last = take(x, order), went[:, -1:]
         uniform = isinstance(self.length, int)
         start = self.length if uniform else self.length.unsqueeze(1)
         index = torch.arange(q, device=self.device) + start  # (q,) | (B, q)
         total = self.longest + q
         self.reserve(total)
-        # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later
-        mask = torch.arange(total, device=self.device) <= index.unsqueeze(-1)
-        mask = mask if uniform else mask.unsqueeze(1)
+        # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later. A sum
+        # that all layers share: attention would turn a mask of bools into one, layer by layer
+        seen = torch.arange(total, device=self.device) <= index.unsqueeze(-1)
+        mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        mask = mask.view(-1, 1, q, total)
 
         def remember(layer, k, v):
             for cache, new in zip(self.cache[:, layer], (k, v), strict=True):
@@ -639,9 +658,9 @@ class GazeStream:
                     cache[:, :, self.length:total] = new
                 else:
                     cache.scatter_(2, index[:, None, :, None].expand_as(new), new.to(cache.dtype))
-            return self.cache[0, layer, :, :, :total], self.cache[1, layer, :, :, :total]
+            return self.cache[:, layer, :, :, :total].to(v.dtype)
 
-        h = self.model.decoder(x, index if positions is None else positions, mask, remember)
+        h = self.model.decoder(x, index if positions is None else positions, mask, remember, last)
         if keep is None:
             self.length, self.longest = self.length + q, total
         else:
@@ -649,7 +668,7 @@ class GazeStream:
             self.longest = int(self.length.max())
             if int(self.length.min()) == self.longest:
                 self.length = self.longest
-        return h if went is None else take(h, went)
+        return h[:, 0]
 
     def gaze_frame(self, vision):
         """vision (B, P, D) -> ids within the frame (B, n_t) and padding (B, n_t)."""
@@ -660,7 +679,7 @@ class GazeStream:
             ids, padded = self.pending
             x = torch.cat([model.decoder.embed_tokens(ids), vision], dim=1)
             keep = F.pad(~padded, (0, P), value=True)
-        h = self.feed(x, keep)[:, -1]
+        h = self.feed(x, keep)
         seen = self.length
         budget = self.budget(self.frame).to(self.device)
         limit = int(self.budget(self.frame).max())
@@ -694,7 +713,7 @@ class GazeStream:
             if self.reference:  # the published code decodes every block at the positions of the last K vision tokens
                 start = seen if isinstance(seen, int) else seen.unsqueeze(1)
                 positions = torch.arange(-K, 0, device=self.device) + start
-            h = self.feed(model.decoder.embed_tokens(ids), ~padded if may_stop else None, positions)[:, -1]
+            h = self.feed(model.decoder.embed_tokens(ids), ~padded if may_stop else None, positions)
         self.pending = ids, padded
         self.frame += 1
         ids, padded = torch.cat(all_ids, 1), torch.cat(all_padded, 1)
