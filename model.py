@@ -232,7 +232,8 @@ class Layer(nn.Module):
         if remember is not None:
             k, v = remember(k, v)
         if wanted is not None:
-            x, q = take(x, wanted), torch.take_along_dim(q, wanted[:, None, :, None], 2)
+            x, q = take(x, wanted), take(q.transpose(1, 2).flatten(2), wanted).unflatten(2, (self.num_heads, -1))
+            q = q.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + attn["o_proj"](rearrange(y, "b h l d -> b l (h d)"))
         y = self.post_attention_layernorm(x)
@@ -265,7 +266,7 @@ class Decoder(nn.Module):
                 if mask is None:
                     mask = (torch.arange(x.shape[1], device=x.device) <= wanted.unsqueeze(-1)).unsqueeze(1)
                 else:
-                    mask = torch.take_along_dim(mask, wanted[:, None, :, None], 2)
+                    mask = take(mask.squeeze(1).expand(len(x), -1, -1), wanted).unsqueeze(1)
                 x = layer(x, cos, sin, mask, put, wanted)
         return x
 
