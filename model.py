@@ -194,9 +194,11 @@ def rope_frequencies(c):
     return blend * freq + (1 - blend) * freq / c.rope_factor
 
 
-def rotate(x, cos, sin):  # x (B, H, L, d); half-split rotation
+def rotate(x, cos, sin):
+    """Half-split rotation of x (B, H, L, d): its halves a, b become a·cos - b·sin, b·cos + a·sin. cos (…, L, d) holds
+    [cos, cos] and sin [-sin, sin], which takes four passes over x in place of seven."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return x * cos + torch.cat([b, a], dim=-1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -226,7 +228,7 @@ class Layer(nn.Module):
         wanted (B, M): the tokens whose output is of use, whose rows `mask` then has; returns (B, M, D)."""
         attn, mlp = self.self_attn, self.mlp
         y = self.input_layernorm(x)
-        q, k, v = (rearrange(attn[n](y), "b l (h d) -> b h l d", h=self.num_heads)
+        q, k, v = (attn[n](y).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, d)
                    for n in ("q_proj", "k_proj", "v_proj"))
         q, k = (rotate(a, cos, sin).to(v.dtype) for a in (q, k))  # autocast halves v
         if remember is not None:
@@ -235,7 +237,7 @@ class Layer(nn.Module):
             x, q = take(x, wanted), take(q.transpose(1, 2).flatten(2), wanted).unflatten(2, (self.num_heads, -1))
             q = q.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        x = x + attn["o_proj"](rearrange(y, "b h l d -> b l (h d)"))
+        x = x + attn["o_proj"](y.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + mlp["down_proj"](F.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y))
 
@@ -258,6 +260,7 @@ class Decoder(nn.Module):
         if angle.dim() == 3:
             angle = angle.unsqueeze(1)  # the same for all heads
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         for i, layer in enumerate(self.layers):
             put = None if remember is None else functools.partial(remember, i)
             if wanted is None or i < len(self.layers) - 1:
@@ -679,11 +682,14 @@ class GazeStream:
         if self.pending is not None:  # the last block of the frame before enters with this frame's vision tokens
             ids, padded = self.pending
             x = torch.cat([model.decoder.embed_tokens(ids), vision], dim=1)
-            keep = F.pad(~padded, (0, P), value=True)
+            keep = None if padded is None else F.pad(~padded, (0, P), value=True)
         h = self.feed(x, keep)
         seen = self.length
-        budget = self.budget(self.frame).to(self.device)
-        limit = int(self.budget(self.frame).max())
+        budget = self.budget(self.frame)
+        limit = int(budget.max())
+        # clips that cannot stop before the limit are not asked: on a GPU every answer would be waited for
+        may_stop = self.requirement is not None or int(budget.min()) < limit
+        budget = budget.to(self.device)
         requirement = None if self.requirement is None else self.requirement(self.frame).to(self.device)
         banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
         banned[:, V] = True
@@ -696,18 +702,21 @@ class GazeStream:
             ids, padded = [], []
             for i in range(min(K, limit - K * len(all_ids))):
                 j = K * len(all_ids) + i
-                over = budget <= j
-                if requirement is not None and j > 0:
-                    over = over | (loss[:, i] <= requirement)
-                stopped = stopped | over
                 pick = self.choose(logits[:, i].masked_fill(banned, float("-inf")))
-                banned = banned.scatter(1, pick.unsqueeze(1), True)
-                padded.append(over if self.reference else stopped)
-                ids.append(pick.masked_fill(padded[-1], V))
+                banned.scatter_(1, pick.unsqueeze(1), True)
+                pad = stopped
+                if may_stop:
+                    over = budget <= j
+                    if requirement is not None and j > 0:
+                        over = over | (loss[:, i] <= requirement)
+                    stopped = stopped | over
+                    pad = over if self.reference else stopped
+                    pick = pick.masked_fill(pad, V)
+                padded.append(pad)
+                ids.append(pick)
             ids, padded = torch.stack(ids, 1), torch.stack(padded, 1)
             all_ids.append(ids)
             all_padded.append(padded)
-            may_stop = requirement is not None or int(budget.min()) < limit
             if K * len(all_ids) >= limit or (may_stop and bool(stopped.all())):
                 break
             positions = None
@@ -715,10 +724,10 @@ class GazeStream:
                 start = seen if isinstance(seen, int) else seen.unsqueeze(1)
                 positions = torch.arange(-K, 0, device=self.device) + start
             h = self.feed(model.decoder.embed_tokens(ids), ~padded if may_stop else None, positions)
-        self.pending = ids, padded
+        self.pending = ids, padded if may_stop else None
         self.frame += 1
         ids, padded = torch.cat(all_ids, 1), torch.cat(all_padded, 1)
-        if not self.reference:
+        if may_stop and not self.reference:
             n_t = int((~padded).sum(1).max())
             ids, padded = ids[:, :n_t], padded[:, :n_t]
         return ids, padded
