@@ -445,8 +445,12 @@ class Gaze(nn.Module):
             tiling = Tiling(self.config, target_scales, target_patch_size)
             batch_size *= tiling.rows * tiling.columns
             gazing_ratio, task_loss_requirement = map(tiling.repeat, (gazing_ratio, task_loss_requirement))
-        return GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator,
-                          tiling)
+        stream = GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator,
+                            tiling)
+        # room for the usual clip: a frame during which the cache has to grow takes up to twice its time
+        c = self.config
+        stream.reserve(c.max_num_frames * (c.ids_per_scale[-1] + min(int(stream.budget(0).max()), c.num_ids // 4)))
+        return stream
 
     def gazing_mask(self, gazing):
         """List of S tensors (B, T, V_s), 1 where a patch is gazed."""
