@@ -162,10 +162,12 @@ def peak_mib(device):
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
 
 
-def measure(name, case, cfg, device):
-    """One row of the table. case() -> (run, work, more): work(result) counts operations, or none; more(seconds, result)
-    adds figures."""
-    run, work, more = case()
+def measure(name, case, setup):
+    """One row of the table. A case returns (run, work, more): work(result) counts operations, or none; more(seconds,
+    result) adds figures."""
+    cfg, device, (function, *args) = setup.cfg, setup.device, case
+    torch.manual_seed(cfg.seed)  # the same work whichever cases run
+    run, work, more = function(setup, *args)
     rate = matmul_rate(cfg, device)
     reset_peak(device)
     with torch.autocast(device.type, getattr(torch, cfg.dtype), cfg.dtype != "float32"):
@@ -182,169 +184,186 @@ def measure(name, case, cfg, device):
 # cases: each sets up its work and returns (run, work, more) for measure()
 
 
-def nothing_more(seconds, result):
-    return {}
+class Setup:
+    """What the cases share."""
 
+    def __init__(self, cfg, device):
+        self.cfg, self.device, self.c = cfg, device, cfg.gaze()
+        self.T, self.R, self.ratio = cfg.n_frames, self.c.image_size, float(cfg.ratios.split(",")[0])
+        self.n = common.to_budgets([self.ratio] * self.T, self.c.num_ids)  # gazes per frame of everything but generate
+        self.compiled = cfg.compile and device.type != "cpu"
+        torch.manual_seed(cfg.seed)
+        self.gaze = Gaze(self.c).to(device)
+        if self.compiled:
+            self.gaze.compile()
+            self.gaze.encoder.compile()
 
-def cases(cfg, device):
-    """{name: case}"""
-    c, T, V, R = cfg.gaze(), cfg.n_frames, cfg.gaze().num_ids, cfg.gaze().image_size
-    ratio = float(cfg.ratios.split(",")[0])
-    compiled = cfg.compile and device.type != "cpu"
-    n = common.to_budgets([ratio] * T, V)  # gazes per frame of everything but generate
-    torch.manual_seed(cfg.seed)
-    gaze = Gaze(c).to(device)
-    if compiled:
-        gaze.compile()
-        gaze.encoder.compile()
-
-    @functools.cache  # 1.3 GB: made when the first case asks for it
-    def reconstructor():
-        mae = VideoMAE(cfg.mae()).to(device).freeze()
-        if compiled:
+    @functools.cached_property  # 1.3 GB: made when the first case asks for it
+    def mae(self):
+        mae = VideoMAE(self.cfg.mae()).to(self.device).freeze()
+        if self.compiled:
             for layer in (*mae.vit.encoder.layer, *mae.decoder.decoder_layers):
                 layer.compile()
         return mae
 
-    def clips(B, side=R):
-        return torch.randn(B, T, 3, side, side, device=device)
+    def clips(self, B, side=None):
+        return torch.randn(B, self.T, 3, side or self.R, side or self.R, device=self.device)
 
-    def random_gazes(B):
-        return {k: v.to(device) if k != "num_gazing_each_frame" else v for k, v in
-                common.random_gazing(n, B, V).items()}
+    def random_gazes(self, B):
+        gazing = common.random_gazing(self.n, B, self.c.num_ids)
+        return {k: v if k == "num_gazing_each_frame" else v.to(self.device) for k, v in gazing.items()}
 
-    def generate(B, ratio, requirement=None):
-        def work(gazing):  # what each clip took
-            counts = torch.stack([(~padded).sum(1) for _, padded in split_frames(gazing)], dim=1).tolist()
-            return sum(flops.gaze(c, row) for row in counts)
+    def random_frames(self, count):
+        return sorted(np.random.default_rng(self.cfg.seed).choice(self.T, count, replace=False).tolist())
 
-        def more(seconds, gazing):
-            return {"clips_per_s": B / seconds,
-                    "gazes_per_frame": (~gazing["if_padded_gazing"]).sum().item() / (B * T)}
-        video = clips(B)
-        return lambda: gaze.generate(video, ratio, requirement), work, more
 
-    def stream():
-        video, best = clips(1)[0], [math.inf] * T
+def nothing_more(seconds, result):
+    return {}
 
-        def run():
-            state = gaze.stream(1, ratio)
-            for t in range(T):
-                start = clock(device)
-                state.step(video[t:t + 1])
-                best[t] = min(best[t], clock(device) - start)
 
-        def more(seconds, result):
-            return {"first_ms": best[0] * 1000, "last_ms": best[-1] * 1000, "slowest_ms": max(best) * 1000}
-        return run, lambda result: flops.gaze(c, n), more
+def generate(s, B, ratio, requirement=None):
+    def work(gazing):  # what each clip took
+        counts = torch.stack([(~padded).sum(1) for _, padded in split_frames(gazing)], dim=1).tolist()
+        return sum(flops.gaze(s.c, row) for row in counts)
 
-    def ntp():
-        B = cfg.ntp_clips
-        video, gazing = clips(B), random_gazes(B)
-        gazing["task_losses"] = torch.rand(gazing["gazing_pos"].shape, device=device)
+    def more(seconds, gazing):
+        return {"clips_per_s": B / seconds,
+                "gazes_per_frame": (~gazing["if_padded_gazing"]).sum().item() / (B * s.T)}
+    video = s.clips(B)
+    return lambda: s.gaze.generate(video, ratio, requirement), work, more
 
-        def run():
-            gaze.zero_grad(set_to_none=True)
-            nll, error = ntp_loss(*gaze(video, gazing), gazing, B * sum(n))
-            (nll + error).backward()
-        return run, lambda result: 3 * B * flops.gaze(c, n), nothing_more
 
-    def reward(n_frames):
-        mae, video, gazing = reconstructor(), clips(1), random_gazes(1)
-        frames = sorted(np.random.default_rng(cfg.seed).choice(T, n_frames, replace=False).tolist())
+def stream(s):
+    video, best = s.clips(1)[0], [math.inf] * s.T
 
-        def run():
-            with torch.no_grad():
-                return mae(video, gazing, frames)[1]
-        return run, lambda result: flops.mae(mae.config, n, frames), lambda *_: {"frames": frames}
+    def run():
+        state = s.gaze.stream(1, s.ratio)
+        for t in range(s.T):
+            start = clock(s.device)
+            state.step(video[t:t + 1])
+            best[t] = min(best[t], clock(s.device) - start)
 
-    def label_search():
-        mae, video = reconstructor(), clips(1)[0, :cfg.label_frames]
-        ours, naive, candidates = flops.search(mae.config, cfg.label_frames, cfg.label_slots)
-        return (lambda: greedy(mae, video, [cfg.label_slots] * cfg.label_frames), lambda result: ours,
-                lambda seconds, result: {"candidates_per_s": candidates / seconds, "naive_gflop": naive / 1e9})
+    def more(seconds, result):
+        return {"first_ms": best[0] * 1000, "last_ms": best[-1] * 1000, "slowest_ms": max(best) * 1000}
+    return run, lambda result: flops.gaze(s.c, s.n), more
 
-    def grpo(part):
-        G, B, mae = cfg.group_size, cfg.grpo_clips, reconstructor()
-        settings = train_grpo.Config(init_from="scratch", n_frames=T, group_size=G, split="uniform", ratio=ratio)
-        frames = sorted(np.random.default_rng(cfg.seed).choice(T, max(1, T // 8), replace=False).tolist())
-        video, gazing, loss = clips(B), random_gazes(B * G), perceptual_loss(cfg).to(device)
-        decoder, encoder = B * G * flops.gaze_decoder(c, n), B * flops.gaze_encoder(c, T)
 
-        def run_reward(copies=1):  # copies = G: as if every rollout were a clip of its own
-            old, mae.loss = mae.loss, loss
-            train_grpo.measure(mae, video.repeat(copies, 1, 1, 1, 1), gazing, frames, 0)
-            mae.loss = old
+def ntp(s):
+    B = s.cfg.ntp_clips
+    video, gazing = s.clips(B), s.random_gazes(B)
+    gazing["task_losses"] = torch.rand(gazing["gazing_pos"].shape, device=s.device)
 
-        def run_update():
-            gaze.zero_grad(set_to_none=True)
-            log_prob, task_loss = gaze(video, gazing, settings.policy, 1.0)
-            (train_grpo.grpo_loss(log_prob, torch.ones_like(log_prob)) + task_loss.mean()).backward()
-        painted = flops.mae(mae.config, n, frames)  # one rollout
-        judged = len(frames) * flops.perceptual(cfg.vit(), R, c.patch_size)  # its frames, or those of one target
-        run, work = {
-            "rollout": (lambda: train_grpo.roll_out(gaze, video, settings, 0, 1.0), encoder + decoder),
-            "reward": (run_reward, B * (G * painted + (G + 1) * judged)),
-            "reward unshared": (lambda: run_reward(G), B * G * (painted + 2 * judged)),
-            "update": (run_update, 3 * (encoder + decoder))}[part]
-        return run, lambda result: work, nothing_more
+    def run():
+        s.gaze.zero_grad(set_to_none=True)
+        nll, error = ntp_loss(*s.gaze(video, gazing), gazing, B * sum(s.n))
+        (nll + error).backward()
+    return run, lambda result: 3 * B * flops.gaze(s.c, s.n), nothing_more
 
-    def encode(side, gazed):
-        """The video encoder on every patch of the finest scale, frame by frame, as it comes; or, as one block-causal
-        sequence, on the gazed patches of all scales, whose choice is part of the time."""
-        vit, video, p, k = vision_transformer(cfg, side).to(device), clips(1, side), cfg.patch_size, side // R
-        per_frame, tiles = (side // p) ** 2, k * k
-        sides = [s * k for s in c.scale_list]
-        positions = torch.randn(V * tiles, cfg.vit_hidden_size, device=device)
-        weight = vit.embeddings.patch_embedding.weight.flatten(1)
-        cut = SimpleNamespace(c=VideoMAEConfig("+".join(map(str, sides)), image_size=side, patch_size=p))
 
-        @torch.no_grad()
-        def run():
-            if not gazed:
-                return through(vit, vit.embeddings(video[0]), None)
-            gazing = gaze.generate(video, ratio) if k == 1 else gaze.generate(
-                video, ratio, target_scales=sides, target_patch_size=p)
-            ids, counts = gazing["gazing_pos"], gazing["num_gazing_each_frame"].tolist()
-            patches = Embeddings.patches(cut, video)[0, ids[0]]
-            x = (F.linear(patches, weight) + positions[ids[0] % (V * tiles)]).unsqueeze(0)
-            frame = torch.repeat_interleave(torch.arange(T), torch.tensor(counts)).to(device)
-            seen = frame.unsqueeze(1) >= frame
-            mask = torch.zeros(seen.shape, device=device, dtype=x.dtype).masked_fill(~seen, float("-inf"))
-            return through(vit, x, mask[None, None])
+def reward(s, n_frames):
+    mae, video, gazing = s.mae, s.clips(1), s.random_gazes(1)
+    frames = s.random_frames(n_frames)
 
-        many = [m * tiles for m in n]
-        work = (tiles * flops.gaze(c, n) + flops.vit(cfg.vit(), sum(many), flops.block_pairs(many), p) if gazed
-                 else flops.vit(cfg.vit(), T * per_frame, T * per_frame ** 2, p))
-        return run, lambda result: work, nothing_more
+    def run():
+        with torch.no_grad():
+            return mae(video, gazing, frames)[1]
+    return run, lambda result: flops.mae(mae.config, s.n, frames), lambda *_: {"frames": frames}
 
-    def decode():
-        folder = tempfile.TemporaryDirectory()
-        path = Path(cfg.video or f"{folder.name}/clip.mp4")
-        if not cfg.video:
-            toy = make_data.ToyConfig(n_frames=T, height=cfg.video_side, width=cfg.video_side)
-            make_data.write_video(path, make_data.render_clip(np.random.default_rng(cfg.seed), toy))
 
-        def run(folder=folder):  # which lives as long as this function
-            return normalize(resize_crop(read_frames(path, T), R))
-        return run, None, nothing_more
+def label_search(s):
+    mae, video = s.mae, s.clips(1)[0, :s.cfg.label_frames]
+    ours, naive, candidates = flops.search(mae.config, s.cfg.label_frames, s.cfg.label_slots)
+    return (lambda: greedy(mae, video, [s.cfg.label_slots] * s.cfg.label_frames), lambda result: ours,
+            lambda seconds, result: {"candidates_per_s": candidates / seconds, "naive_gflop": naive / 1e9})
 
+
+def grpo(s, part):
+    G, B, mae = s.cfg.group_size, s.cfg.grpo_clips, s.mae
+    settings = train_grpo.Config(init_from="scratch", n_frames=s.T, group_size=G, split="uniform", ratio=s.ratio)
+    frames = s.random_frames(max(1, s.T // 8))
+    video, gazing, loss = s.clips(B), s.random_gazes(B * G), perceptual_loss(s.cfg).to(s.device)
+    decoder, encoder = B * G * flops.gaze_decoder(s.c, s.n), B * flops.gaze_encoder(s.c, s.T)
+
+    def run_reward(copies=1):  # copies = G: as if every rollout were a clip of its own
+        old, mae.loss = mae.loss, loss
+        train_grpo.measure(mae, video.repeat(copies, 1, 1, 1, 1), gazing, frames, 0)
+        mae.loss = old
+
+    def run_update():
+        s.gaze.zero_grad(set_to_none=True)
+        log_prob, task_loss = s.gaze(video, gazing, settings.policy, 1.0)
+        (train_grpo.grpo_loss(log_prob, torch.ones_like(log_prob)) + task_loss.mean()).backward()
+    painted = flops.mae(mae.config, s.n, frames)  # one rollout
+    judged = len(frames) * flops.perceptual(s.cfg.vit(), s.R, s.c.patch_size)  # its frames, or those of one target
+    run, work = {
+        "rollout": (lambda: train_grpo.roll_out(s.gaze, video, settings, 0, 1.0), encoder + decoder),
+        "reward": (run_reward, B * (G * painted + (G + 1) * judged)),
+        "reward unshared": (lambda: run_reward(G), B * G * (painted + 2 * judged)),
+        "update": (run_update, 3 * (encoder + decoder))}[part]
+    return run, lambda result: work, nothing_more
+
+
+def encode(s, side, gazed):
+    """The video encoder on every patch of the finest scale, frame by frame, as it comes; or, as one block-causal
+    sequence, on the gazed patches of all scales, whose choice is part of the time."""
+    vit, video, p, k = vision_transformer(s.cfg, side).to(s.device), s.clips(1, side), s.cfg.patch_size, side // s.R
+    per_frame, tiles = (side // p) ** 2, k * k
+    sides = [side * k for side in s.c.scale_list]
+    positions = torch.randn(s.c.num_ids * tiles, s.cfg.vit_hidden_size, device=s.device)
+    weight = vit.embeddings.patch_embedding.weight.flatten(1)
+    cut = SimpleNamespace(c=VideoMAEConfig("+".join(map(str, sides)), image_size=side, patch_size=p))
+
+    @torch.no_grad()
+    def run():
+        if not gazed:
+            return through(vit, vit.embeddings(video[0]), None)
+        gazing = s.gaze.generate(video, s.ratio) if k == 1 else s.gaze.generate(
+            video, s.ratio, target_scales=sides, target_patch_size=p)
+        ids, counts = gazing["gazing_pos"], gazing["num_gazing_each_frame"].tolist()
+        patches = Embeddings.patches(cut, video)[0, ids[0]]
+        x = (F.linear(patches, weight) + positions[ids[0] % (s.c.num_ids * tiles)]).unsqueeze(0)
+        frame = torch.repeat_interleave(torch.arange(s.T), torch.tensor(counts)).to(s.device)
+        seen = frame.unsqueeze(1) >= frame
+        mask = torch.zeros(seen.shape, device=s.device, dtype=x.dtype).masked_fill(~seen, float("-inf"))
+        return through(vit, x, mask[None, None])
+
+    many = [m * tiles for m in s.n]
+    work = (tiles * flops.gaze(s.c, s.n) + flops.vit(s.cfg.vit(), sum(many), flops.block_pairs(many), p) if gazed
+             else flops.vit(s.cfg.vit(), s.T * per_frame, s.T * per_frame ** 2, p))
+    return run, lambda result: work, nothing_more
+
+
+def decode(s):
+    folder = tempfile.TemporaryDirectory()
+    path = Path(s.cfg.video or f"{folder.name}/clip.mp4")
+    if not s.cfg.video:
+        toy = make_data.ToyConfig(n_frames=s.T, height=s.cfg.video_side, width=s.cfg.video_side)
+        make_data.write_video(path, make_data.render_clip(np.random.default_rng(s.cfg.seed), toy))
+
+    def run(folder=folder):  # which lives as long as this function
+        return normalize(resize_crop(read_frames(path, s.T), s.R))
+    return run, None, nothing_more
+
+
+def cases(cfg):
+    """{name: (function, its arguments)}"""
     out = {}  # names without commas, which separate them in --cases
     for B in ints(cfg.clips):
+        clips = "1 clip" if B == 1 else f"{B} clips"
         for r in map(float, cfg.ratios.split(",")):
-            out[f"generate {B} clip{'s' * (B > 1)} at ratio {r:g}"] = functools.partial(generate, B, r)
-        out[f"generate {B} clip{'s' * (B > 1)} with early stop"] = functools.partial(generate, B, 0.75, cfg.requirement)
-    out["stream 1 clip"] = stream
-    out[f"NTP forward and backward of {cfg.ntp_clips} clips"] = ntp
+            out[f"generate {clips} at ratio {r:g}"] = (generate, B, r)
+        out[f"generate {clips} with early stop"] = (generate, B, 0.75, cfg.requirement)
+    out["stream 1 clip"] = (stream,)
+    out[f"NTP forward and backward of {cfg.ntp_clips} clips"] = (ntp,)
     for side in ints(cfg.encoder_sides):
-        out[f"encoder at {side} px on all patches"] = functools.partial(encode, side, False)
-        out[f"encoder at {side} px on gazes, choosing them included"] = functools.partial(encode, side, True)
-    out["decoding a video"] = decode
+        out[f"encoder at {side} px on all patches"] = (encode, side, False)
+        out[f"encoder at {side} px on gazes, choosing them included"] = (encode, side, True)
+    out["decoding a video"] = (decode,)
     for frames in ints(cfg.reward_frames):
-        out[f"reward of {frames} frames"] = functools.partial(reward, frames)
+        out[f"reward of {frames} frames"] = (reward, frames)
     for part in ("rollout", "reward", "reward unshared", "update"):
-        out[f"GRPO {part} for {cfg.grpo_clips} x {cfg.group_size}"] = functools.partial(grpo, part)
-    out[f"label search of {cfg.label_frames} frames x {cfg.label_slots}"] = label_search
+        out[f"GRPO {part} for {cfg.grpo_clips} x {cfg.group_size}"] = (grpo, part)
+    out[f"label search of {cfg.label_frames} frames x {cfg.label_slots}"] = (label_search,)
     return out
 
 
@@ -391,9 +410,10 @@ def main():
     if device.type == "cpu" and cfg.compile:
         print("compile: never on a CPU")
     wanted = [text.strip().lower() for text in cfg.cases.split(",")]
-    todo = {name: case for name, case in cases(cfg, device).items() if any(text in name.lower() for text in wanted)}
+    known = cases(cfg)
+    todo = {name: case for name, case in known.items() if any(text in name.lower() for text in wanted)}
     if not todo:
-        raise ValueError(f"cases={cfg.cases!r} fits none of: " + "; ".join(cases(cfg, device)))
+        raise ValueError(f"cases={cfg.cases!r} fits none of: " + "; ".join(known))
     one = device.type == "cpu" and cfg.threads == 1
     about = {"command": " ".join(sys.argv), "commit": common.git_commit(),
              "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "python": platform.python_version(),
@@ -402,9 +422,9 @@ def main():
              "clock": "processor time" if one else "wall time"}
     print("\n".join(f"{k}: {v}" for k, v in about.items()))
     print(f"{'case':<52}{'seconds':>10}{'runs':>5}{'peak MiB':>10}{'GFLOP':>10}{'GFLOP/s':>10}{'x limit':>9}")
-    rows = []
+    rows, setup = [], Setup(cfg, device)
     for name, case in todo.items():
-        rows.append(measure(name, case, cfg, device))
+        rows.append(measure(name, case, setup))
         print(line(rows[-1]), flush=True)
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.out).write_text(json.dumps({"about": about, "config": asdict(cfg), "cases": rows}, indent=1) + "\n")
