@@ -63,7 +63,7 @@ class Config:
     ntp_clips: int = 4
     grpo_clips: int = 1
     group_size: int = 12
-    reward_frames: str = "2,16"        # frames to reconstruct, spread at random
+    reward_frames: str = "2,16"        # frames to reconstruct
     label_frames: int = 1              # label search: frames and slots per frame
     label_slots: int = 1
     encoder_sides: str = "224"         # of the video that the encoder sees, multiples of the gaze model's
@@ -213,8 +213,9 @@ class Setup:
         gazing = common.random_gazing(self.n, B, self.c.num_ids)
         return {k: v if k == "num_gazing_each_frame" else v.to(self.device) for k, v in gazing.items()}
 
-    def random_frames(self, count):
-        return sorted(np.random.default_rng(self.cfg.seed).choice(self.T, count, replace=False).tolist())
+    def usual_frames(self, count):
+        """Where `count` frames drawn at random lie on average: the time depends on the last of them."""
+        return [round((i + 1) * (self.T + 1) / (count + 1)) - 1 for i in range(count)]
 
 
 def nothing_more(seconds, result):
@@ -262,7 +263,7 @@ def ntp(s):
 
 def reward(s, n_frames):
     mae, video, gazing = s.mae, s.clips(1), s.random_gazes(1)
-    frames = s.random_frames(n_frames)
+    frames = s.usual_frames(n_frames)
 
     def run():
         with torch.no_grad():
@@ -280,7 +281,7 @@ def label_search(s):
 def grpo(s, part):
     G, B, mae = s.cfg.group_size, s.cfg.grpo_clips, s.mae
     settings = train_grpo.Config(init_from="scratch", n_frames=s.T, group_size=G, split="uniform", ratio=s.ratio)
-    frames = s.random_frames(max(1, s.T // 8))
+    frames = s.usual_frames(max(1, s.T // 8))
     video, gazing, loss = s.clips(B), s.random_gazes(B * G), perceptual_loss(s.cfg).to(s.device)
     decoder, encoder = B * G * flops.gaze_decoder(s.c, s.n), B * flops.gaze_encoder(s.c, s.T)
 
