@@ -88,12 +88,11 @@ def main():
     stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}",
                            f"--max_clips={cfg.label_clips}", n=n))
     ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}",
-                 f"--out_dir={out}/ntp", *cfg.ntp_args.split(), n=n)
-    stage("ntp", ntp)
+                 f"--out_dir={out}/ntp", *cfg.ntp_args.split(), n=max(1, n - 1))
     grpo = [f"{cfg.configs}_grpo.py", *common, mae, *cfg.grpo_args.split()]
-    # both at once, one core each: from the NTP model, and from scratch to see what NTP is worth
-    stage("grpo", script("train_grpo.py", *grpo, f"--init_from={out}/ntp", f"--out_dir={out}/grpo"),
-          script("train_grpo.py", *grpo, "--init_from=scratch", f"--out_dir={out}/rl_only"))
+    # GRPO from scratch, to see what NTP is worth, runs beside NTP: two processes of one core do more than one of two
+    stage("ntp", ntp, script("train_grpo.py", *grpo, "--init_from=scratch", f"--out_dir={out}/rl_only"))
+    stage("grpo", script("train_grpo.py", *grpo, f"--init_from={out}/ntp", f"--out_dir={out}/grpo", n=n))
     ratios = ",".join(filter(None, [str(cfg.ratio), cfg.other_ratios]))
     models = ",".join(f"{m}={out}/{m}" for m in ("rl_only", "ntp", "grpo"))
     stage("eval", script("eval.py", *common, mae, f"--models={models}", f"--out_dir={out}/eval",

@@ -61,8 +61,7 @@ class Config:
     ratio_min: float = 0.02            # uniform and exponential
     ratio_max: float = 0.2
     ratio_rate: float = 10.0           # exponential
-    split: Literal["uniform", "mean", "dirichlet", "self"] = "self"  # over frames; self: as many as the model takes to
-    #                                    meet the requirement in one rollout, clip by clip (published)
+    split: Literal["uniform", "mean", "dirichlet", "self"] = "self"  # self: what one rollout needs (published)
     alpha: str = "10,3"                # mean and dirichlet; the last value is repeated
     stop_early: bool = False           # the requirement also ends frames of the group's rollouts, whatever the split
     requirement: Literal["fixed", "uniform"] = "uniform"  # loss to reach, for split = self and stop_early (published)
@@ -72,8 +71,7 @@ class Config:
     temperature: float = 1.0           # of sampling at the first step
     temperature_end: float = 1.0       # at the last; exponential in between (paper: 0.01)
     # GRPO
-    policy: Literal["sampling", "reference"] = "sampling"  # whose log-probability is trained: the one sampled from,
-    #                                    or the plain softmax at temperature 1 without the mask of repeats (published)
+    policy: Literal["sampling", "reference"] = "sampling"  # which log π is trained; reference: published
     recon_sample_rate: float = 0.125   # share of the frames that give a reward, random each step (published: 2 of 16)
     gamma: float = 0.995               # discount per gaze between a patch and the end of the rewarded frame (published)
     task_loss_weight: float = 1.0      # of the loss-prediction error

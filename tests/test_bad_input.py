@@ -11,6 +11,7 @@ from conftest import tiny_gaze, tiny_mae
 import common
 import data
 import label
+import pack
 import train_grpo
 import train_ntp
 import train_videomae
@@ -106,7 +107,7 @@ def test_labels(tmp_path, toy, good, text, says, packed):
     path = tmp_path / "labels.json"
     path.write_text(text(good))
     with pytest.raises(ValueError, match=says.replace("labels.json", r"labels\.(json|packed)")):
-        path = data.pack_labels(path) if packed else path
+        path = pack.pack_labels(path) if packed else path
         call(train_ntp, *SIZES, f"--root={toy}", f"--labels={path}", f"--out_dir={tmp_path}")
     assert not (tmp_path / "last.pt").exists()
 
@@ -115,7 +116,7 @@ def test_labels(tmp_path, toy, good, text, says, packed):
 def test_empty_frames_are_allowed(tmp_path, toy, good, packed):
     path = tmp_path / "labels.json"
     path.write_text(json.dumps(good))
-    path = data.pack_labels(path) if packed else path
+    path = pack.pack_labels(path) if packed else path
     call(train_ntp, *SIZES, f"--root={toy}", f"--labels={path}", f"--out_dir={tmp_path}", "--steps=1")
 
 
@@ -165,7 +166,7 @@ def disk_full(folder, toy):
 
 def damaged_pack(folder, toy):
     (folder / "l.json").write_text('{"a/b/c.mp4": {"gazing_pos": [[1]], "task_losses": [[0.5]]}}')
-    packed = data.pack_labels(folder / "l.json")
+    packed = pack.pack_labels(folder / "l.json")
     (packed / "gazing_pos.bin").write_bytes(b"12")
     data.load_labels(packed)
 
@@ -185,7 +186,7 @@ def wandb_missing(folder, toy):
     (lambda f, toy: resume(f, toy, text=b"PK\3\4 cut"), ValueError, "last.pt is no checkpoint of this script"),
     (lambda f, toy: resume(f, toy, text=b""), ValueError, "last.pt is no checkpoint of this script"),
     (lambda f, toy: call(train_ntp, *SIZES, f"--init_from={f}"), FileNotFoundError, "has no config.json"),
-    (wrong_prefix, ValueError, "videomae.pt does not fit: missing vit.embeddings.cls_token"),
+    (wrong_prefix, ValueError, "videomae.pt and the config do not fit: missing vit.embeddings.cls_token"),
     (other_scales, ValueError, r"scales 8\+32.*16\+32"),
     (disk_full, OSError, "last.pt could not be written, the one before it is kept: is the disk full"),
     (damaged_pack, ValueError, "gazing_pos.bin has 2 bytes, 4 expected"),

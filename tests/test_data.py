@@ -17,6 +17,7 @@ import torch
 
 import data
 import make_data
+import pack
 
 
 def write(path, frames, container_options=None):
@@ -356,14 +357,14 @@ def labels():
 @pytest.mark.parametrize("indent", [None, 1])
 def test_json_is_read_in_pieces(tmp_path, labels, chunk, indent):
     (tmp_path / "l.json").write_text(json.dumps(labels, indent=indent, ensure_ascii=indent == 1) + "\n")
-    assert dict(data.json_items(tmp_path / "l.json", chunk)) == labels
+    assert dict(pack.json_items(tmp_path / "l.json", chunk)) == labels
     (tmp_path / "l.json").write_text(" { } ")
-    assert list(data.json_items(tmp_path / "l.json", chunk)) == []
+    assert list(pack.json_items(tmp_path / "l.json", chunk)) == []
 
 
 def test_packed_labels(tmp_path, labels):
     (tmp_path / "l.json").write_text(json.dumps(labels))
-    packed = data.load_labels(data.pack_labels(tmp_path / "l.json"))
+    packed = data.load_labels(pack.pack_labels(tmp_path / "l.json"))
     assert len(packed) == 40 and set(packed) == set(labels)
     for key, label in labels.items():
         assert packed[key]["gazing_pos"] == label["gazing_pos"]
@@ -383,24 +384,24 @@ def test_packed_labels(tmp_path, labels):
         data.load_labels(tmp_path / "l.packed")
     (tmp_path / "bad.json").write_text(json.dumps(labels | {"x": {"gazing_pos": [], "task_losses": []}}))
     with pytest.raises(ValueError, match="expected 3"):
-        data.pack_labels(tmp_path / "bad.json", tmp_path / "l.packed")
+        pack.pack_labels(tmp_path / "bad.json", tmp_path / "l.packed")
     with pytest.warns(UserWarning):
         assert len(data.load_labels(tmp_path / "l.packed")) == 40, "what was packed before survives"
     with pytest.raises(FileExistsError, match="another name"):
-        data.pack_labels(tmp_path / "l.json", tmp_path)
+        pack.pack_labels(tmp_path / "l.json", tmp_path)
 
 
 def test_two_labels_of_a_name(tmp_path):
     (tmp_path / "l.json").write_text('{"a": {"gazing_pos": [], "task_losses": []}, "a": {"gazing_pos": [], '
                                      '"task_losses": []}}')
     with pytest.raises(ValueError, match="two labels for 'a'"):
-        data.pack_labels(tmp_path / "l.json")
+        pack.pack_labels(tmp_path / "l.json")
 
 
 def test_packed_labelled_clips(root, tmp_path):
     label = {"gazing_pos": [[1, 0], []], "task_losses": [[0.5, 0.25], []]}
     (tmp_path / "l.json").write_text(json.dumps({f"set/train/{n}.mp4": label for n in "cax"}))
-    clips = data.Clips(root, "train", 2, 16, labels=data.load_labels(data.pack_labels(tmp_path / "l.json")))
+    clips = data.Clips(root, "train", 2, 16, labels=data.load_labels(pack.pack_labels(tmp_path / "l.json")))
     assert [clips[i]["key"][-5] for i in range(len(clips))] == ["a", "c"]
     assert clips[1]["gazing_pos"] == label["gazing_pos"] and clips[1]["task_losses"] == label["task_losses"]
 

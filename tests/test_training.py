@@ -19,8 +19,9 @@ import common
 import train_grpo
 import train_ntp
 import train_videomae
-from data import collate_gaze, pack_labels
+from data import collate_gaze
 from model import Gaze, join_frames, split_frames
+from pack import pack_labels
 from train_grpo import discounted_advantages, grpo_loss
 from train_ntp import ntp_loss
 from videomae import VideoMAE
