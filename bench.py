@@ -1,6 +1,6 @@
 """How long everything takes, how much memory, and how far that is from what the hardware could do.
 
-    python bench.py                                                      # CPU, one thread, published sizes: an hour
+    python bench.py                                                      # CPU, one thread, published sizes: tens of minutes
     python bench.py --cases="generate 1 clip,generate 4 clips,NTP"       # only cases that contain one of these texts
     python bench.py --cases=reward,GRPO --dtype=bfloat16 --threads=2
     python bench.py --device=cuda --dtype=bfloat16 --compile=true --encoder_sides=224,448,896 --out=out/bench_gpu.json
@@ -22,13 +22,11 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import common
 import configurator
@@ -39,7 +37,8 @@ from data import normalize, read_frames, resize_crop
 from label import greedy
 from model import Gaze, GazeConfig, split_frames
 from train_ntp import ntp_loss
-from videomae import Embeddings, ReconstructionLoss, VideoMAE, VideoMAEConfig
+from videomae import ReconstructionLoss, VideoMAE, VideoMAEConfig
+from vit import GazeViT
 
 
 @dataclass
@@ -305,32 +304,27 @@ def grpo(s, part):
 
 
 def encode(s, side, gazed):
-    """The video encoder on every patch of the finest scale, frame by frame, as it comes; or, as one block-causal
-    sequence, on the gazed patches of all scales, whose choice is part of the time."""
-    vit, video, p, k = vision_transformer(s.cfg, side).to(s.device), s.clips(1, side), s.cfg.patch_size, side // s.R
-    per_frame, tiles = (side // p) ** 2, k * k
-    sides = [side * k for side in s.c.scale_list]
-    positions = torch.randn(s.c.num_ids * tiles, s.cfg.vit_hidden_size, device=s.device)
-    weight = vit.embeddings.patch_embedding.weight.flatten(1)
-    cut = SimpleNamespace(c=VideoMAEConfig("+".join(map(str, sides)), image_size=side, patch_size=p))
+    """SigLIP on every patch of the finest scale, frame by frame, as it comes; or vit.py on the gazed patches of all
+    scales, one block-causal sequence, whose choice is part of the time."""
+    p, k = s.c.patch_size, side // s.R
+    network, video, tiles, per_frame = siglip(s.cfg, side).to(s.device), s.clips(1, side), k * k, (side // p) ** 2
+    sides = [scale * k for scale in s.c.scale_list]
+    vit = GazeViT(network, sides)
 
-    @torch.no_grad()
+    def choose():
+        if k == 1:
+            return s.gaze.generate(video, s.ratio)
+        return s.gaze.generate(video, s.ratio, target_scales=sides, target_patch_size=p)
+
     def run():
-        if not gazed:
-            return through(vit, vit.embeddings(video[0]), None)
-        gazing = s.gaze.generate(video, s.ratio) if k == 1 else s.gaze.generate(
-            video, s.ratio, target_scales=sides, target_patch_size=p)
-        ids, counts = gazing["gazing_pos"], gazing["num_gazing_each_frame"].tolist()
-        patches = Embeddings.patches(cut, video)[0, ids[0]]
-        x = (F.linear(patches, weight) + positions[ids[0] % (s.c.num_ids * tiles)]).unsqueeze(0)
-        frame = torch.repeat_interleave(torch.arange(s.T), torch.tensor(counts)).to(s.device)
-        seen = frame.unsqueeze(1) >= frame
-        mask = torch.zeros(seen.shape, device=s.device, dtype=x.dtype).masked_fill(~seen, float("-inf"))
-        return through(vit, x, mask[None, None])
+        with torch.no_grad():
+            return vit(video, choose()) if gazed else network(video[0]).last_hidden_state
 
     many = [m * tiles for m in s.n]
-    work = (tiles * flops.gaze(s.c, s.n) + flops.vit(s.cfg.vit(), sum(many), flops.block_pairs(many), p) if gazed
-             else flops.vit(s.cfg.vit(), s.T * per_frame, s.T * per_frame ** 2, p))
+    if gazed:
+        work = tiles * flops.gaze(s.c, s.n) + flops.vit(s.cfg.vit(), sum(many), flops.block_pairs(many), p)
+    else:
+        work = flops.vit(s.cfg.vit(), s.T * per_frame, s.T * per_frame ** 2, p)
     return run, lambda result: work, nothing_more
 
 
@@ -368,17 +362,10 @@ def cases(cfg):
     return out
 
 
-def vision_transformer(cfg, side):
+def siglip(cfg, side):
     from transformers import SiglipVisionConfig, SiglipVisionModel
-    vit = SiglipVisionModel(SiglipVisionConfig(**cfg.vit(), image_size=side, patch_size=cfg.patch_size)).eval()
-    return getattr(vit, "vision_model", vit)  # transformers 4 wraps it once more
-
-
-def through(vit, x, mask):
-    for layer in vit.encoder.layers:
-        x = layer(x, mask)
-        x = x[0] if isinstance(x, tuple) else x  # transformers 4
-    return vit.post_layernorm(x)
+    return SiglipVisionModel(SiglipVisionConfig(
+        **cfg.vit(), image_size=side, patch_size=cfg.patch_size, vision_use_head=False)).eval()
 
 
 def perceptual_loss(cfg):
@@ -389,8 +376,8 @@ def perceptual_loss(cfg):
     dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, image_size=518, patch_size=14))
     loss = ReconstructionLoss()
     loss.terms, loss.weights = ["l1", "dinov2_reg", "siglip2"], [1.0, 0.3, 0.3]
-    siglip = vision_transformer(cfg, cfg.gaze().image_size)
-    loss.networks = nn.ModuleDict({"dinov2_reg": dino, "siglip2": siglip})
+    network = siglip(cfg, cfg.gaze().image_size)
+    loss.networks = nn.ModuleDict({"dinov2_reg": dino, "siglip2": getattr(network, "vision_model", network)})
     return loss.eval().requires_grad_(False)
 
 
