@@ -1,6 +1,6 @@
 """How long everything takes, how much memory, and how far that is from what the hardware could do.
 
-    python bench.py                                                      # CPU, one thread, published sizes: tens of minutes
+    python bench.py                                                      # CPU, one thread, published sizes: long
     python bench.py --cases="generate 1 clip,generate 4 clips,NTP"       # only cases that contain one of these texts
     python bench.py --cases=reward,GRPO --dtype=bfloat16 --threads=2
     python bench.py --device=cuda --dtype=bfloat16 --compile=true --encoder_sides=224,448,896 --out=out/bench_gpu.json
