@@ -13,6 +13,7 @@ A *gaze* of B clips is a dict of three tensors, frame after frame along N (paper
 Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), P vision tokens per frame (finest
 scale), K slots predicted at once, N slots of a clip, L tokens of a clip, D width, H heads.
 """
+import functools
 import json
 import math
 import os
@@ -193,9 +194,11 @@ def rope_frequencies(c):
     return blend * freq + (1 - blend) * freq / c.rope_factor
 
 
-def rotate(x, cos, sin):  # x (B, H, L, d); half-split rotation
+def rotate(x, cos, sin):
+    """Half-split rotation of x (B, H, L, d): its halves a, b become a·cos - b·sin, b·cos + a·sin. cos (…, L, d) holds
+    [cos, cos] and sin [-sin, sin], which takes four passes over x in place of seven."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return x * cos + torch.cat([b, a], dim=-1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -220,17 +223,21 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask=None, remember=None):
-        """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them."""
+    def forward(self, x, cos, sin, mask=None, remember=None, wanted=None):
+        """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them.
+        wanted (B, M): the tokens whose output is of use, whose rows `mask` then has; returns (B, M, D)."""
         attn, mlp = self.self_attn, self.mlp
         y = self.input_layernorm(x)
-        q, k, v = (rearrange(attn[n](y), "b l (h d) -> b h l d", h=self.num_heads)
+        q, k, v = (attn[n](y).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, d)
                    for n in ("q_proj", "k_proj", "v_proj"))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (rotate(a, cos, sin).to(v.dtype) for a in (q, k))  # autocast halves v
         if remember is not None:
             k, v = remember(k, v)
+        if wanted is not None:
+            x, q = take(x, wanted), take(q.transpose(1, 2).flatten(2), wanted).unflatten(2, (self.num_heads, -1))
+            q = q.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        x = x + attn["o_proj"](rearrange(y, "b h l d -> b l (h d)"))
+        x = x + attn["o_proj"](y.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + mlp["down_proj"](F.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y))
 
@@ -243,16 +250,27 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(c), persistent=False)
 
-    def forward(self, x, positions=None, mask=None, remember=None):
-        """x (B, L, D) -> (B, L, D) before the final norm. positions (L,) or (B, L); default 0, 1, 2, …, causal."""
+    def forward(self, x, positions=None, mask=None, remember=None, wanted=None):
+        """x (B, L, D) -> (B, L, D) before the final norm, or only the tokens at wanted (B, M): the last layer leaves
+        out the others, of which nothing but keys and values matters there. positions (L,) or (B, L); default 0, 1, 2,
+        …, causal. mask (1 | B, 1, L, keys): added to attention scores."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         angle = positions.unsqueeze(-1) * self.frequencies.float()  # (…, L, d/2)
         if angle.dim() == 3:
             angle = angle.unsqueeze(1)  # the same for all heads
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, None if remember is None else lambda k, v, i=i: remember(i, k, v))
+            put = None if remember is None else functools.partial(remember, i)
+            if wanted is None or i < len(self.layers) - 1:
+                x = layer(x, cos, sin, mask, put)
+            else:
+                if mask is None:
+                    mask = (torch.arange(x.shape[1], device=x.device) <= wanted.unsqueeze(-1)).unsqueeze(1)
+                else:
+                    mask = take(mask.squeeze(1).expand(len(x), -1, -1), wanted).unsqueeze(1)
+                x = layer(x, cos, sin, mask, put, wanted)
         return x
 
 
@@ -373,7 +391,7 @@ class Gaze(nn.Module):
         if padded.any():
             order, went = pack_front(torch.cat(keep, dim=1))
             x, sources = take(x, order), went.gather(1, sources)
-        h = self.decoder.norm(take(self.decoder(x), sources))  # (B, M, D)
+        h = self.decoder.norm(self.decoder(x, wanted=sources))  # (B, M, D)
 
         slot_row = torch.tensor(slot_row, device=pos.device, dtype=torch.long)
         logits = self.lm_head(h).view(B, -1, V + 1)[:, slot_row].float()  # (B, N, V + 1)
@@ -427,8 +445,12 @@ class Gaze(nn.Module):
             tiling = Tiling(self.config, target_scales, target_patch_size)
             batch_size *= tiling.rows * tiling.columns
             gazing_ratio, task_loss_requirement = map(tiling.repeat, (gazing_ratio, task_loss_requirement))
-        return GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator,
-                          tiling)
+        stream = GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator,
+                            tiling)
+        # room for the usual clip: a frame during which the cache has to grow takes up to twice its time
+        c = self.config
+        stream.reserve(c.max_num_frames * (c.ids_per_scale[-1] + min(int(stream.budget(0).max()), c.num_ids // 4)))
+        return stream
 
     def gazing_mask(self, gazing):
         """List of S tensors (B, T, V_s), 1 where a patch is gazed."""
@@ -577,7 +599,9 @@ class GazeStream:
         self.device = p.device
         # an int while all clips have the same number of tokens, else (B,)
         self.length, self.longest = 0, 0
-        self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads)
+        kind = self.device.type  # under autocast keys come in its type: kept so, not turned into it at every step
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else p.dtype
+        self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads, dtype=dtype)
 
     def for_row(self, i):
         """The same settings for clip i alone, at the start of its video."""
@@ -616,22 +640,25 @@ class GazeStream:
             self.cache = cache
 
     def feed(self, x, keep, positions=None):
-        """Append tokens x (B, q, D) to the cache; keep (B, q) | None marks the real ones. Returns hidden (B, q, D)."""
-        q = x.shape[1]
-        went = None
+        """Append tokens x (B, q, D) to the cache; keep (B, q) | None marks the real ones. Returns what the last of
+        them says (B, D)."""
+        B, q = x.shape[:2]
+        last = torch.full((B, 1), q - 1, device=self.device)
         if keep is not None and bool(keep.all()):
             keep = None
         if keep is not None:
             order, went = pack_front(keep)
-            x = take(x, order)
+            x, last = take(x, order), went[:, -1:]
         uniform = isinstance(self.length, int)
         start = self.length if uniform else self.length.unsqueeze(1)
         index = torch.arange(q, device=self.device) + start  # (q,) | (B, q)
         total = self.longest + q
         self.reserve(total)
-        # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later
-        mask = torch.arange(total, device=self.device) <= index.unsqueeze(-1)
-        mask = mask if uniform else mask.unsqueeze(1)
+        # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later. A sum
+        # that all layers share: attention would turn a mask of bools into one, layer by layer
+        seen = torch.arange(total, device=self.device) <= index.unsqueeze(-1)
+        mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        mask = mask.view(-1, 1, q, total)
 
         def remember(layer, k, v):
             for cache, new in zip(self.cache[:, layer], (k, v), strict=True):
@@ -639,9 +666,9 @@ class GazeStream:
                     cache[:, :, self.length:total] = new
                 else:
                     cache.scatter_(2, index[:, None, :, None].expand_as(new), new.to(cache.dtype))
-            return self.cache[0, layer, :, :, :total], self.cache[1, layer, :, :, :total]
+            return self.cache[:, layer, :, :, :total].to(v.dtype)
 
-        h = self.model.decoder(x, index if positions is None else positions, mask, remember)
+        h = self.model.decoder(x, index if positions is None else positions, mask, remember, last)
         if keep is None:
             self.length, self.longest = self.length + q, total
         else:
@@ -649,7 +676,7 @@ class GazeStream:
             self.longest = int(self.length.max())
             if int(self.length.min()) == self.longest:
                 self.length = self.longest
-        return h if went is None else take(h, went)
+        return h[:, 0]
 
     def gaze_frame(self, vision):
         """vision (B, P, D) -> ids within the frame (B, n_t) and padding (B, n_t)."""
@@ -659,11 +686,14 @@ class GazeStream:
         if self.pending is not None:  # the last block of the frame before enters with this frame's vision tokens
             ids, padded = self.pending
             x = torch.cat([model.decoder.embed_tokens(ids), vision], dim=1)
-            keep = F.pad(~padded, (0, P), value=True)
-        h = self.feed(x, keep)[:, -1]
+            keep = None if padded is None else F.pad(~padded, (0, P), value=True)
+        h = self.feed(x, keep)
         seen = self.length
-        budget = self.budget(self.frame).to(self.device)
-        limit = int(self.budget(self.frame).max())
+        budget = self.budget(self.frame)
+        limit = int(budget.max())
+        # clips that cannot stop before the limit are not asked: on a GPU every answer would be waited for
+        may_stop = self.requirement is not None or int(budget.min()) < limit
+        budget = budget.to(self.device)
         requirement = None if self.requirement is None else self.requirement(self.frame).to(self.device)
         banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
         banned[:, V] = True
@@ -676,29 +706,32 @@ class GazeStream:
             ids, padded = [], []
             for i in range(min(K, limit - K * len(all_ids))):
                 j = K * len(all_ids) + i
-                over = budget <= j
-                if requirement is not None and j > 0:
-                    over = over | (loss[:, i] <= requirement)
-                stopped = stopped | over
                 pick = self.choose(logits[:, i].masked_fill(banned, float("-inf")))
-                banned = banned.scatter(1, pick.unsqueeze(1), True)
-                padded.append(over if self.reference else stopped)
-                ids.append(pick.masked_fill(padded[-1], V))
+                banned.scatter_(1, pick.unsqueeze(1), True)
+                pad = stopped
+                if may_stop:
+                    over = budget <= j
+                    if requirement is not None and j > 0:
+                        over = over | (loss[:, i] <= requirement)
+                    stopped = stopped | over
+                    pad = over if self.reference else stopped
+                    pick = pick.masked_fill(pad, V)
+                padded.append(pad)
+                ids.append(pick)
             ids, padded = torch.stack(ids, 1), torch.stack(padded, 1)
             all_ids.append(ids)
             all_padded.append(padded)
-            may_stop = requirement is not None or int(budget.min()) < limit
             if K * len(all_ids) >= limit or (may_stop and bool(stopped.all())):
                 break
             positions = None
             if self.reference:  # the published code decodes every block at the positions of the last K vision tokens
                 start = seen if isinstance(seen, int) else seen.unsqueeze(1)
                 positions = torch.arange(-K, 0, device=self.device) + start
-            h = self.feed(model.decoder.embed_tokens(ids), ~padded if may_stop else None, positions)[:, -1]
-        self.pending = ids, padded
+            h = self.feed(model.decoder.embed_tokens(ids), ~padded if may_stop else None, positions)
+        self.pending = ids, padded if may_stop else None
         self.frame += 1
         ids, padded = torch.cat(all_ids, 1), torch.cat(all_padded, 1)
-        if not self.reference:
+        if may_stop and not self.reference:
             n_t = int((~padded).sum(1).max())
             ids, padded = ids[:, :n_t], padded[:, :n_t]
         return ids, padded

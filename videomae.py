@@ -114,7 +114,9 @@ def block_causal_attention(q, k, v, ends, keep=None):
     q, k, v (B, H, L, d); ends: index after the last token of each block, ascending, the last is L. keep (B, L) True for
     tokens that others may see. No L x L mask: each block's queries meet a growing slice of the keys.
     """
-    if q.shape[2] < 1024:  # short: one call with a mask is quicker than one per block
+    # short: one call with a mask is quicker than one per block; on a CPU at 339 tokens in 14 blocks it takes 1.5 times
+    # as long, and at 800 1.6 times
+    if q.shape[2] < (1024 if q.is_cuda else 256):
         block = torch.repeat_interleave(torch.arange(len(ends)), torch.tensor(ends).diff(prepend=torch.tensor([0])))
         mask = (block.unsqueeze(1) >= block).to(q.device)  # (L, L)
         if keep is not None:

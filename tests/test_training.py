@@ -524,7 +524,8 @@ def test_one_process_two_processes_and_accumulation_train_alike(run, stages, toy
         assert runs["one"].keys() == runs[name].keys() and len(runs[name]) == 21
         for key, row in runs["one"].items():
             for field in {"ntp", "task_error", "reward", "measured", "reward_spread"} & row.keys():
-                assert row[field] == pytest.approx(runs[name][key][field], abs=1e-5), (name, key, field)
+                # metrics have six digits: above 1 the last one is 1e-5
+                assert row[field] == pytest.approx(runs[name][key][field], abs=2e-5), (name, key, field)
         for k, v in Gaze.from_pretrained(tmp_path / name).state_dict().items():
             torch.testing.assert_close(v, moved[k], rtol=0, atol=1e-5, msg=k)
 
