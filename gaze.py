@@ -28,8 +28,8 @@ to one against data.Clips.
 Live: every frame is gazed at when it comes, until the stream ends, q and Enter, or Ctrl-C; the files are then complete.
 After max_num_frames frames a new stream begins, which remembers nothing, as each chunk of a file does: the model was
 trained on clips of that length and knows no later position. So live and file give the same gazes; neither memory
-nor time per frame grows. It costs gazes: a window's first frame has to be seen anew. No frame is dropped: when the model is
-slower than a pipe, its writer waits; a camera's driver drops frames itself.
+nor time per frame grows. It costs gazes: a window's first frame has to be seen anew. No frame is dropped: when the
+model is slower than a pipe, its writer waits; a camera's driver drops frames itself.
 """
 import json
 import math
@@ -48,17 +48,16 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from tqdm import tqdm
 
 import common
 import configurator
-import live
 import model
+import source
 import viz
-from data import VideoError, count_frames, decode, normalize, quarter_turns, resize_crop, video_stream
-from model import Gaze, Tiling
+from data import VideoError, decode
+from model import Gaze
+from source import View
 from videomae import VideoMAE
 
 
@@ -76,7 +75,7 @@ class Config:
     # which frames
     start: float = 0.0                 # seconds, by the average frame rate
     duration: float | None = None      # seconds from start; none: max_frames
-    fps: float | None = None           # frames to look at per second, and of overlay.mp4; with a stride: the latter only
+    fps: float | None = None           # to look at per second, and of overlay.mp4; with a stride: of overlay.mp4 only
     stride: int | None = None          # source frames per model frame; none: 1, or what fps says
     max_frames: int | None = None      # 0: all to the end; none: 128, or all when live or with a duration
     # output
@@ -102,31 +101,12 @@ class Config:
             raise ValueError(f"fps={self.fps} must lie in 0.001 to 1000")
 
 
-def probe(path):
-    """Number of frames, frames per second (a Fraction), anticlockwise quarter turns that set the picture upright, and
-    its upright (height, width). Raises FileNotFoundError, VideoError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"video={path}: no such file (looked from {os.getcwd()})")
-    n_frames = count_frames(path)
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            stream = video_stream(container, path)
-            frame = next(container.decode(stream), None)
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path}: cannot be decoded as a video ({error})") from error
-    if frame is None:
-        raise VideoError(f"{path}: not one frame in its video stream")
-    turns = quarter_turns(frame)
-    return max(n_frames, 1), rate, turns, (frame.height, frame.width)[::-1 if turns % 2 else 1]
-
-
 def picks(cfg, rate, end=math.inf):
     """Indices of the source frames to look at, one by one, ascending, below `end`. fps: the frame that shows then."""
-    if cfg.fps and cfg.stride is None and cfg.fps > rate:
+    if cfg.fps and cfg.stride is None and cfg.fps > 1.01 * rate:  # 30 of 29.97 is meant to be all
         raise ValueError(f"fps={cfg.fps:g} is above the video's {float(rate):.4g}: lower it, or give --stride=1, which "
                          "only plays overlay.mp4 faster")
-    step = cfg.stride or (rate / Fraction(cfg.fps).limit_denominator(10_000) if cfg.fps else 1)
+    step = cfg.stride or (max(1, rate / Fraction(cfg.fps).limit_denominator(10_000)) if cfg.fps else 1)
     first = round(cfg.start * rate)
     most = cfg.max_frames or (128 if cfg.max_frames is None and not cfg.duration and end < math.inf else None)
     end = min(end, first + max(1, round(cfg.duration * rate))) if cfg.duration else end
@@ -142,63 +122,6 @@ def read_file(path, wanted, view):
         if i < wanted[0]:  # decode gives the last frame if there are fewer than the container said
             raise VideoError(f"{path}: ends after frame {i}, before the start, frame {wanted[0]}: start earlier")
         yield i, *view.cut(image)
-
-
-class View:
-    """What of the picture is looked at: the centre square as one tile, or the whole, resized by `scale`, as rows x
-    columns tiles of the model's input size R, padded right and bottom. c: GazeConfig; size: (height, width)."""
-
-    def __init__(self, c, size, scale):
-        self.source_size, (height, width), self.R, side = size, size, c.image_size, min(size)
-        per_tile = [s // c.patch_size for s in c.scale_list]
-        if scale is None:
-            self.crop = (height - side) // 2, (width - side) // 2, side
-            self.size = self.tiling = self.inside = None
-            self.rows = self.columns = 1
-            self.grids, content = [(g, g) for g in per_tile], (self.R, self.R)
-            self.q = self.R * max(1, round(288 / self.R))  # of a tile in the overlay: patches end on pixels
-        else:
-            self.size = content = tuple(max(1, round(n * scale)) for n in size)
-            self.crop = 0, 0, self.R / scale
-            self.grids = [tuple(-(-n * g // self.R) for n in content) for g in per_tile]  # patches with a pixel in them
-            self.tiling = Tiling(c, [(h * c.patch_size, w * c.patch_size) for h, w in self.grids], c.patch_size)
-            self.rows, self.columns = self.tiling.rows, self.tiling.columns
-            self.q = per_tile[-1] * max(1, round(480 / (max(self.rows, self.columns) * per_tile[-1])))
-            self.inside = self.split(torch.ones(1, *content, dtype=torch.bool))  # (n, 1, R, R)
-        self.per_tile, self.n_tiles = per_tile, self.rows * self.columns
-        self.panel = tuple(max(1, round(n * self.q / self.R)) for n in content)
-        self.n_ids = [h * w for h, w in self.grids]
-        if (len(per_tile) + 1) * self.panel[1] > 15_000:
-            raise ValueError(f"scale={scale} makes {self.rows}x{self.columns} tiles, too many to draw: lower it")
-
-    def __str__(self):
-        if self.tiling:
-            return f"{self.size[1]}x{self.size[0]} pixels in {self.rows} rows x {self.columns} columns of tiles"
-        return "{2}x{2} pixels at x={1}, y={0}".format(*self.crop)
-
-    def split(self, x):  # (C, h, w) -> tiles (n, C, R, R)
-        x = F.pad(x, (0, self.columns * self.R - x.shape[2], 0, self.rows * self.R - x.shape[1]))
-        return rearrange(x, "c (i h) (j w) -> (i j) c h w", i=self.rows, j=self.columns)
-
-    def cut(self, image):
-        """(H, W, 3) uint8 -> tiles (n, 3, R, R) for the model and picture (3, h, w) for the viewer, both uint8."""
-        if self.size is None:
-            top, left, side = self.crop
-            square = torch.from_numpy(image[top:top + side, left:left + side].copy()).permute(2, 0, 1)[None]
-            return resize_crop(square, self.R), resize_crop(square, self.q)[0]
-        whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-        resize = [whole if whole.shape[2:] == n else
-                  F.interpolate(whole, n, mode="bilinear", antialias=True, align_corners=False)
-                  for n in (self.size, self.panel)]
-        return self.split(resize[0][0]), resize[1][0]
-
-    def normalize(self, tiles, which=slice(None)):
-        """Tiles (n, ..., 3, R, R) uint8, those numbered `which` -> what the model wants; padding is 0."""
-        x = normalize(tiles)
-        if self.inside is None:
-            return x
-        inside = self.inside[which].to(x.device)
-        return x * (inside if x.dim() == 4 else inside[:, None])
 
 
 def load_models(cfg, device):
@@ -255,14 +178,14 @@ class Output:
         total, arrays = int(self.per_scale.sum()), {}
         for name, file in self.spool.items():
             file.flush()
-            arrays[name] = np.memmap(file, dtype=np.int64, mode="r")
+            arrays[name] = np.memmap(file, np.int64, "r") if file.tell() else np.zeros(0, np.int64)
         arrays["gazing_pos"] = arrays["gazing_pos"][None]
         more = {"grids": self.view.grids} if self.view.tiling else {}
         np.savez(self.out / "gaze.npz", **arrays, if_padded_gazing=np.zeros((1, total), bool), scales=self.c.scales,
                  patch_size=self.c.patch_size, source_size=self.view.source_size, crop=self.view.crop, **more)
         return {"frames": self.n, "ratio": total / (self.n * self.V),
                 "gazes_per_frame": {"mean": total / self.n, "min": self.fewest, "max": self.most},
-                "share_per_scale": {str(side): float(n / total) for side, n in
+                "share_per_scale": {str(side): float(n / max(total, 1)) for side, n in
                                     zip(self.c.scale_list, self.per_scale, strict=True)}}
 
 
@@ -288,11 +211,11 @@ def run_file(cfg, view, wanted, gaze, mae, output, device, stop):
     """All frames `wanted`, chunk by chunk. Returns seconds per stage, a loss per frame, and what sheet.png shows."""
     T, V, losses, sheet = gaze.config.max_num_frames, output.V, [], None
     seconds = dict.fromkeys(("decode", "select", "reconstruct", "draw+write"), 0.0)
-    source, at_once = read_file(cfg.video, wanted, view), max(1, cfg.batch_size // view.n_tiles) * T
+    frames, at_once = read_file(cfg.video, wanted, view), max(1, cfg.batch_size // view.n_tiles) * T
     with tqdm(total=len(wanted), unit="frame") as bar:
-        while not stop.is_set():
+        while not (stop.is_set() and output.n):  # one batch at least: no files without a frame
             clock = [time.perf_counter()]
-            batch = list(islice(source, at_once))
+            batch = list(islice(frames, at_once))
             if not batch:
                 break
             chunks = [batch[i:i + T] for i in range(0, len(batch), T)]
@@ -327,10 +250,10 @@ def run_live(cfg, gaze, device, stop):
     memory is bounded), no losses, and the pictures for sheet.png."""
     c, output, latency, sheet = gaze.config, None, deque(maxlen=10_000), []
     settings = cfg.gazing_ratio, cfg.task_loss_requirement
-    source = live.in_background(live.read_live(cfg.video, lambda rate: picks(cfg, rate)), stop)
+    frames = source.in_background(source.read_live(cfg.video, lambda rate: picks(cfg, rate)), stop)
     while True:
         try:
-            rate, i, image, came = next(source)
+            rate, i, image, came = next(frames)
         except StopIteration:
             break
         except VideoError as error:
@@ -388,9 +311,9 @@ def report(cfg, c, output, times, losses, sheet, wanted=(), stopped=False):
         print(f"{1000 * sum(times.values()) / n:.1f} ms per frame: "
               + ", ".join(f"{stage} {1000 * s / n:.1f}" for stage, s in times.items()))
     else:
-        shares = (50, 90, 99, 100)
-        numbers["latency_ms"] = {f"{p} %": float(ms) for p, ms in zip(shares, np.percentile(times, shares), strict=True)}
-        print("ms from frame to gaze: " + ", ".join(f"{k} {v:.1f}" for k, v in numbers["latency_ms"].items()))
+        numbers["latency_ms"] = {f"{p} %": float(np.percentile(times, p)) for p in (50, 90, 99, 100)}
+        print("ms from frame to gaze, with the wait for the frame before: "
+              + ", ".join(f"{k} {v:.1f}" for k, v in numbers["latency_ms"].items()))
     if cfg.json:
         text = json.dumps({"settings": asdict(cfg), "model": model.describe(c), **numbers}, indent=1)
         (output.out / "gaze.json").write_text(text + "\n")
@@ -406,7 +329,7 @@ def main():
     if cfg.videomae and (as_it_comes or cfg.scale):
         raise ValueError("videomae: a reconstruction is shown of files' centre squares: leave out --scale, --live")
     if not as_it_comes:
-        n_source, rate, turns, size = probe(cfg.video)
+        n_source, rate, turns, size = source.probe(cfg.video)
         if round(cfg.start * rate) >= n_source:
             raise ValueError(f"start={cfg.start:g} lies beyond the end of {cfg.video}, {float(n_source / rate):.2f} s")
         wanted = list(picks(cfg, rate, n_source))
