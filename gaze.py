@@ -19,17 +19,17 @@ model's input size, the last ones padded with zeros. Cuts the video into chunks 
                   padding are gone, those that reach into it are kept, so that no pixel is out of reach.
     gaze.json     with --json=true: settings, ratio, gazes per frame, share per scale, times
 
-In memory are the frames of one batch of chunks (with --scale of one chunk) and what the model needs for --batch_size
-tiles; gazes go to disk as they come, so a video may be long. --start decodes what it skips. Phone videos that are
+In memory are the frames of one batch of chunks (with many tiles of one chunk) and what the model needs for
+--batch_size tiles; gazes go to disk as they come, so a video may be long. --start decodes what it skips. Phone videos that are
 stored turned are set upright; sizes and crop are those of the upright picture. The square is cut before resizing, to
 have whole source pixels, while training resizes first: unless a video is square, the model's pixels are shifted by up
 to one against data.Clips.
 
 Live: every frame is gazed at when it comes, until the stream ends, q and Enter, or Ctrl-C; the files are then complete.
 After max_num_frames frames a new stream begins, which remembers nothing, as each chunk of a file does: the model was
-trained on clips of that length and knows no later position. So live and file give the same gazes; neither memory
+trained on clips of that length and knows no later position. So live and file give the same gazes, and neither memory
 nor time per frame grows. It costs gazes: a window's first frame has to be seen anew. No frame is dropped: when the
-model is slower than a pipe, its writer waits; a camera's driver drops frames itself.
+model is slower than a pipe, its writer waits; a camera's driver drops frames itself. Cameras by name work on Linux.
 """
 import json
 import math
