@@ -20,8 +20,8 @@ model's input size, the last ones padded with zeros. Cuts the video into chunks 
     gaze.json     with --json=true: settings, ratio, gazes per frame, share per scale, times
 
 In memory are the frames of one batch of chunks (with many tiles of one chunk) and what the model needs for
---batch_size tiles; gazes go to disk as they come, so a video may be long. --start decodes what it skips. Phone videos that are
-stored turned are set upright; sizes and crop are those of the upright picture. The square is cut before resizing, to
+--batch_size tiles; gazes go to disk as they come, so a video may be long. --start decodes what it skips. Phone videos
+that are stored turned are set upright; sizes and crop are of the upright picture. The square is cut before resizing, to
 have whole source pixels, while training resizes first: unless a video is square, the model's pixels are shifted by up
 to one against data.Clips.
 
