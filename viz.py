@@ -140,7 +140,7 @@ def lattice(view, g, length):
     edges = np.array([round(i * view.q / g) for i in range(length * g // view.q + 3)])
     patch = np.searchsorted(edges, at, side="right") - 1
     wide = np.diff(edges)[patch]
-    line = np.where(wide < 4, 0, np.where(wide < 24, 1, 2))  # patches of a few pixels have no outline
+    line = np.where(wide < (6 if view.tiling else 1), 0, np.where(wide < 24, 1, 2))  # it would hide tiny patches
     return patch, (at - edges[patch] < line) | (edges[patch + 1] - at <= line)
 
 
