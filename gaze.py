@@ -2,62 +2,87 @@
 
     python gaze.py --video=my.mp4 --ckpt=out/toy/grpo --videomae=out/toy/videomae
     python gaze.py --video=my.mp4 --gazing_ratio=0.05 --start=12 --max_frames=0     # from 12 s to the end
+    python gaze.py --video=my.mp4 --scale=1 --duration=60 --fps=2                   # whole frames at native size
+    python gaze.py --video=/dev/video0                                              # live; also a pipe or a URL
 
-Takes the centre square of the picture, cuts the video into chunks as long as the model's training clips (each starts
-afresh), and writes into the folder --out:
+Takes the centre square of the picture, or with --scale the whole picture, resized by it and laid out in tiles of the
+model's input size, the last ones padded with zeros. Cuts the video into chunks as long as the model's training clips
+(each starts afresh), and writes into the folder --out:
     overlay.mp4   side by side: video, gazed patches of every scale at its resolution, reconstruction (with --videomae)
-    sheet.png     one chunk, frame by frame
+    sheet.png     one chunk, frame by frame; with --scale and live the overlay's frames of that chunk, one below another
     gaze.npz      the whole video as one gaze of B = 1, see model.py: gazing_pos (1, N) = patch id + V * frame, without
                   padded slots; if_padded_gazing (1, N); num_gazing_each_frame (T,). And what leads back to the source:
                   scales, patch_size, source_frame (T,), source_size (height, width), crop (top, left, side): of a scale
                   with g x g patches, row y, column x starts at pixel (top + y * side / g, left + x * side / g).
+                  With --scale `side` is a tile's, ids of a frame ascend, and grids (S, 2) are the rows and columns of
+                  patches that a whole frame has at each scale: V is the sum of their products. Patches that lie in the
+                  padding are gone, those that reach into it are kept, so that no pixel is out of reach.
+    gaze.json     with --json=true: settings, ratio, gazes per frame, share per scale, times
 
-One batch of chunks is in memory at a time, so a video may be long. Phone videos that are stored turned are set upright;
-sizes and crop are those of the upright picture. The square is cut before resizing, to have whole source pixels, while
-training resizes first: unless a video is square, the model's pixels are shifted by up to one against data.Clips.
+In memory are the frames of one batch of chunks (with many tiles of one chunk) and what the model needs for
+--batch_size tiles; gazes go to disk as they come, so a video may be long. --start decodes what it skips. Phone videos
+that are stored turned are set upright; sizes and crop are of the upright picture. The square is cut before resizing, to
+have whole source pixels, while training resizes first: unless a video is square, the model's pixels are shifted by up
+to one against data.Clips.
+
+Live: every frame is gazed at when it comes, until the stream ends, q and Enter, or Ctrl-C; the files are then complete.
+After max_num_frames frames a new stream begins, which remembers nothing, as each chunk of a file does: the model was
+trained on clips of that length and knows no later position. So live and file give the same gazes, and neither memory
+nor time per frame grows. It costs gazes: a window's first frame has to be seen anew. No frame is dropped: when the
+model is slower than a pipe, its writer waits; a camera's driver drops frames itself. Cameras by name work on Linux.
 """
+import json
 import math
 import os
+import signal
 import sys
+import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import asdict, dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
 import configurator
 import model
+import source
 import viz
-from data import VideoError, count_frames, decode, denormalize, normalize, quarter_turns, resize_crop, video_stream
+from data import VideoError, decode
 from model import Gaze
+from source import View
 from videomae import VideoMAE
 
 
 @dataclass
 class Config:
-    video: str = ""                    # the file to look at
+    video: str = ""                    # the file to look at; live: a camera (/dev/video0), a pipe, a URL
+    live: bool | None = None           # gaze at frames one by one as they come; none: if video is no regular file
     ckpt: str = "out/toy/grpo"         # gaze model: a folder or a hub id
     videomae: str | None = None        # reconstructor of the same scales, a folder or file; none: no reconstruction
     out: str | None = None             # folder for the results; none: out/gaze/<name of the video>
     # how much to look; both none: the model's own settings
     gazing_ratio: float | None = None  # share of the patch ids that each frame may take
     task_loss_requirement: float | None = None  # a frame is finished when its predicted loss falls to this
+    scale: float | None = None         # whole frames in tiles, at this share of their size; none: the centre square
     # which frames
     start: float = 0.0                 # seconds, by the average frame rate
-    max_frames: int = 128              # 0: all to the end
-    stride: int = 1                    # source frames per model frame
+    duration: float | None = None      # seconds from start; none: max_frames
+    fps: float | None = None           # to look at per second, and of overlay.mp4; with a stride: of overlay.mp4 only
+    stride: int | None = None          # source frames per model frame; none: 1, or what fps says
+    max_frames: int | None = None      # 0: all to the end; none: 128, or all when live or with a duration
     # output
     sheet_chunk: int = 0               # which chunk sheet.png shows
-    fps: float | None = None           # of overlay.mp4; none: the source's / stride
+    json: bool = False                 # also write gaze.json
     # run
-    batch_size: int = 4                # chunks at once
+    batch_size: int = 4                # chunks, with scale tiles, in the model at once: lower it if memory is short
     device: str = "auto"               # auto | cpu | cuda
 
     def check(self):
@@ -65,39 +90,38 @@ class Config:
             raise ValueError("no video given: write --video=my.mp4")
         if self.gazing_ratio is not None and not 0 < self.gazing_ratio <= 1:
             raise ValueError(f"gazing_ratio={self.gazing_ratio} must lie in (0, 1]")
-        if min(self.stride, self.batch_size) < 1 or min(self.start, self.max_frames, self.sheet_chunk) < 0:
+        if min(1 if self.stride is None else self.stride, self.batch_size) < 1 or min(
+                self.start, self.max_frames or 0, self.sheet_chunk) < 0:
             raise ValueError("stride and batch_size start at 1; start, max_frames and sheet_chunk at 0")
+        if self.duration is not None and self.duration <= 0:
+            raise ValueError(f"duration={self.duration} must be above 0 seconds")
+        if self.scale is not None and not 0 < self.scale <= 4:
+            raise ValueError(f"scale={self.scale} must lie in (0, 4]; 1 is the video's own size")
         if self.fps is not None and not 0.001 <= self.fps <= 1000:
             raise ValueError(f"fps={self.fps} must lie in 0.001 to 1000")
 
 
-def probe(path):
-    """Number of frames, frames per second (a Fraction), anticlockwise quarter turns that set the picture upright, and
-    its upright (height, width). Raises FileNotFoundError, VideoError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"video={path}: no such file (looked from {os.getcwd()})")
-    n_frames = count_frames(path)
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            stream = video_stream(container, path)
-            frame = next(container.decode(stream), None)
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path}: cannot be decoded as a video ({error})") from error
-    if frame is None:
-        raise VideoError(f"{path}: not one frame in its video stream")
-    turns = quarter_turns(frame)
-    return max(n_frames, 1), rate, turns, (frame.height, frame.width)[::-1 if turns % 2 else 1]
+def picks(cfg, rate, end=math.inf):
+    """Indices of the source frames to look at, one by one, ascending, below `end`. fps: the frame that shows then."""
+    if cfg.fps and cfg.stride is None and cfg.fps > 1.01 * rate:  # 30 of 29.97 is meant to be all
+        raise ValueError(f"fps={cfg.fps:g} is above the video's {float(rate):.4g}: lower it, or give --stride=1, which "
+                         "only plays overlay.mp4 faster")
+    step = cfg.stride or (max(1, rate / Fraction(cfg.fps).limit_denominator(10_000)) if cfg.fps else 1)
+    first = round(cfg.start * rate)
+    most = cfg.max_frames or (128 if cfg.max_frames is None and not cfg.duration and end < math.inf else None)
+    end = min(end, first + max(1, round(cfg.duration * rate))) if cfg.duration else end
+    for k in count() if most is None else range(most):
+        if (i := first + math.floor(k * step)) >= end:
+            return
+        yield i
 
 
-def read_squares(path, wanted, crop, sizes):
-    """Yield (index in the source, [the crop resized to (3, n, n) uint8 for n in sizes]) for the frames in `wanted`."""
-    top, left, side = crop
-    for i, image in decode(path, wanted):
+def read_file(path, wanted, view):
+    """Yield (index in the source, tiles, picture for the viewer) of the frames in `wanted`; see View.cut."""
+    for i, image in decode(path, set(wanted)):
         if i < wanted[0]:  # decode gives the last frame if there are fewer than the container said
             raise VideoError(f"{path}: ends after frame {i}, before the start, frame {wanted[0]}: start earlier")
-        square = image[top:top + side, left:left + side].copy()
-        yield i, [resize_crop(torch.from_numpy(square).permute(2, 0, 1)[None], n)[0] for n in sizes]
+        yield i, *view.cut(image)
 
 
 def load_models(cfg, device):
@@ -118,139 +142,223 @@ def load_models(cfg, device):
     return gaze, mae
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# pictures: panels of q x q pixels in a row, labels above
+class Output:
+    """The files of a run. Gazes lie on disk until the end: hours of them do not fit into memory."""
 
-STRIP, GAP = 26, 4  # pixels: height of the labels, distance of the panels
+    def __init__(self, cfg, c, view, rate, reconstruction):
+        self.out = out = Path(cfg.out or f"out/gaze/{Path(cfg.video).stem}")
+        self.c, self.view, self.V = c, view, sum(view.n_ids)
+        out.mkdir(parents=True, exist_ok=True)
+        self.canvas = viz.make_canvas(c, view.panel, reconstruction)
+        self.container = av.open(str(out / ".overlay.mp4"), "w", format="mp4")
+        fps = Fraction(cfg.fps or rate / (cfg.stride or 1)).limit_denominator(10_000)
+        self.stream = self.container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "18"})
+        self.stream.height, self.stream.width, self.stream.pix_fmt = *self.canvas.shape[:2], "yuv420p"
+        self.spool = {name: tempfile.TemporaryFile(dir=out)
+                      for name in ("gazing_pos", "num_gazing_each_frame", "source_frame")}
+        self.n, self.last, self.per_scale, self.fewest, self.most = 0, None, np.zeros(len(view.n_ids)), math.inf, 0
 
+    def add(self, i, sharp, tiles, ids, masks, recon=None):
+        """The next frame: its index i in the source, its gazes (n,) counted within the frame; the rest as in paint.
+        Returns its picture."""
+        for name, values in zip(self.spool, (ids.numpy() + self.V * self.n, len(ids), i), strict=True):
+            self.spool[name].write(np.asarray(values, dtype=np.int64).tobytes())
+        self.n, self.last = self.n + 1, i
+        self.per_scale += [int(mask.sum()) for mask in masks]
+        self.fewest, self.most = min(self.fewest, len(ids)), max(self.most, len(ids))
+        frame = viz.paint(self.canvas, self.view, self.c, sharp, tiles, masks, recon)
+        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        return frame
 
-def make_canvas(config, q, reconstruction):
-    """A frame with labels and no panels yet, (H, W, 3) uint8, even sides as yuv420p wants them."""
-    names = ["video", *(f"scale {n} px" for n in config.scale_list)] + ["reconstruction"] * reconstruction
-    height, width = (math.ceil(n / 2) * 2 for n in (STRIP + q, len(names) * (q + GAP) - GAP))
-    fig = viz.plt.figure(figsize=(width / 100, height / 100), dpi=100, facecolor="#181818")
-    for i, name in enumerate(names):
-        color = viz.COLORS[(i - 1) % len(viz.COLORS)] if name.startswith("scale") else "white"
-        fig.text((i * (q + GAP) + q / 2) / width, 1 - STRIP / 2 / height, name, color=color, ha="center", va="center",
-                 fontsize=11, weight="bold")
-    fig.canvas.draw()
-    canvas = np.asarray(fig.canvas.buffer_rgba())[:height, :width, :3].copy()
-    viz.plt.close(fig)
-    return canvas
-
-
-def enlarge(x, q):
-    """Normalised pixels (T, 3, n, n) -> (T, q, q, 3) uint8, every pixel a block."""
-    at = torch.arange(q) * x.shape[-1] // q
-    return (denormalize(x) * 255).round().byte()[:, :, at][..., at].permute(0, 2, 3, 1).numpy()
-
-
-def paint(canvas, sharp, clip, boxes, recon, config):
-    """Yield the overlay's frames. sharp (T, 3, q, q) uint8: the video for the viewer; clip (T, 3, R, R) normalised: for
-    the model; recon: the same or None; boxes: see viz.gazed_boxes."""
-    q, R = sharp.shape[-1], config.image_size
-    sharp = sharp.permute(0, 2, 3, 1).numpy()
-    seen = [enlarge(F.interpolate(clip, (n, n), mode="bicubic", align_corners=False), q) for n in config.scale_list]
-    recon = None if recon is None else enlarge(recon, q)
-    for t in range(len(sharp)):
-        panels = [sharp[t]] + [(0.45 * sharp[t]).astype(np.uint8) for _ in seen]
-        panels += [] if recon is None else [recon[t]]
-        for s, y, x, n in boxes[t]:
-            y0, y1, x0, x1 = (round(v * q / R) for v in (y, y + n, x, x + n))
-            patch, line = panels[1 + s][y0:y1, x0:x1], 1 if y1 - y0 < 24 else 2
-            patch[:] = seen[s][t][y0:y1, x0:x1]
-            color = [int(viz.COLORS[s % len(viz.COLORS)][i:i + 2], 16) for i in (1, 3, 5)]
-            patch[:line] = patch[-line:] = patch[:, :line] = patch[:, -line:] = color
-        frame = canvas.copy()
-        for i, panel in enumerate(panels):
-            frame[STRIP:STRIP + q, i * (q + GAP):i * (q + GAP) + q] = panel
-        yield frame
+    def close(self):
+        """Complete overlay and npz; what they hold in numbers."""
+        self.container.mux(self.stream.encode())
+        self.container.close()
+        os.replace(self.out / ".overlay.mp4", self.out / "overlay.mp4")
+        total, arrays = int(self.per_scale.sum()), {}
+        for name, file in self.spool.items():
+            file.flush()
+            arrays[name] = np.memmap(file, np.int64, "r") if file.tell() else np.zeros(0, np.int64)
+        arrays["gazing_pos"] = arrays["gazing_pos"][None]
+        more = {"grids": self.view.grids} if self.view.tiling else {}
+        np.savez(self.out / "gaze.npz", **arrays, if_padded_gazing=np.zeros((1, total), bool), scales=self.c.scales,
+                 patch_size=self.c.patch_size, source_size=self.view.source_size, crop=self.view.crop, **more)
+        return {"frames": self.n, "ratio": total / (self.n * self.V),
+                "gazes_per_frame": {"mean": total / self.n, "min": self.fewest, "max": self.most},
+                "share_per_scale": {str(side): float(n / max(total, 1)) for side, n in
+                                    zip(self.c.scale_list, self.per_scale, strict=True)}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+
+def select_chunks(gaze, cfg, view, chunks, device):
+    """chunks: lists of up to T frames (i, tiles, picture) -> the model's input (of the last tiles), the gaze dict of
+    the B whole clips, filled up to T frames."""
+    T, masks = gaze.config.max_num_frames, []
+    full = [chunk + chunk[-1:] * (T - len(chunk)) for chunk in chunks]  # the gazes of the fill are dropped later
+    rows = [(b, j) for b in range(len(chunks)) for j in range(view.n_tiles)]
+    for at in range(0, len(rows), cfg.batch_size):
+        part = rows[at:at + cfg.batch_size]
+        video = torch.stack([torch.stack([tiles[j] for _, tiles, _ in full[b]]) for b, j in part])
+        video = view.normalize(video.to(device), [j for _, j in part])
+        gazing = gaze.generate(video, cfg.gazing_ratio, cfg.task_loss_requirement)
+        masks.append(gazing["gazing_mask"])
+    return video, view.tiling.join([torch.cat(m) for m in zip(*masks, strict=True)]) if view.tiling else gazing
+
+
+def run_file(cfg, view, wanted, gaze, mae, output, device, stop):
+    """All frames `wanted`, chunk by chunk. Returns seconds per stage, a loss per frame, and what sheet.png shows."""
+    T, V, losses, sheet = gaze.config.max_num_frames, output.V, [], None
+    seconds = dict.fromkeys(("decode", "select", "reconstruct", "draw+write"), 0.0)
+    frames, at_once = read_file(cfg.video, wanted, view), max(1, cfg.batch_size // view.n_tiles) * T
+    with tqdm(total=len(wanted), unit="frame") as bar:
+        while not (stop.is_set() and output.n):  # one batch at least: no files without a frame
+            clock = [time.perf_counter()]
+            batch = list(islice(frames, at_once))
+            if not batch:
+                break
+            chunks = [batch[i:i + T] for i in range(0, len(batch), T)]
+            clock.append(time.perf_counter())
+            video, gazing = select_chunks(gaze, cfg, view, chunks, device)
+            masks = [m.cpu() for m in gazing["gazing_mask"]]  # waits for the device: the clock is right
+            clock.append(time.perf_counter())
+            recon, loss = (x.cpu() for x in mae(video, gazing, range(T))) if mae else (None, None)
+            clock.append(time.perf_counter())
+            for b, chunk in enumerate(chunks):
+                shown, pictures, one = output.n == cfg.sheet_chunk * T, [], viz.one_clip(gazing, b)
+                losses += loss[b, :len(chunk)].tolist() if mae else []
+                for t, ((i, tiles, sharp), (pos, padded)) in enumerate(zip(chunk, model.split_frames(one))):  # noqa: B905
+                    pictures.append(output.add(i, sharp, view.normalize(tiles), pos[~padded] - V * t,
+                                               [m[b, t] for m in masks], recon[b, t] if mae else None))
+                    pictures = pictures if shown else []
+                if shown and view.tiling:
+                    sheet = pictures
+                elif shown:
+                    sheet = dict(video=video[b, :len(chunk)].cpu(), gazing=one, config=gaze.config,
+                                 reconstruction=recon[b][:len(chunk)] if mae else None,
+                                 losses=losses[-len(chunk):] or None,
+                                 title=f"{Path(cfg.video).name}, source frames {chunk[0][0]} to {chunk[-1][0]}")
+            clock.append(time.perf_counter())
+            seconds = {k: v + clock[i + 1] - clock[i] for i, (k, v) in enumerate(seconds.items())}
+            bar.update(len(batch))
+    return seconds, losses, sheet
+
+
+def run_live(cfg, gaze, device, stop):
+    """Frames as they come. Returns the output, ms between a frame's coming and its gaze (of the last 10,000 frames:
+    memory is bounded), no losses, and the pictures for sheet.png."""
+    c, output, latency, sheet = gaze.config, None, deque(maxlen=10_000), []
+    settings = cfg.gazing_ratio, cfg.task_loss_requirement
+    frames = source.in_background(source.read_live(cfg.video, lambda rate: picks(cfg, rate)), stop)
+    while True:
+        try:
+            rate, i, image, came = next(frames)
+        except StopIteration:
+            break
+        except VideoError as error:
+            if output is None:
+                raise
+            print(f"note: {error}")  # a stream that breaks is a stream that ends
+            break
+        if output is None:
+            view = View(c, image.shape[:2], cfg.scale)
+            output = Output(cfg, c, view, rate, reconstruction=False)
+            one = gaze.stream(1, *settings)
+            # in published decoding rows that stop at different slots disturb each other: one at a time, see generate()
+            at_once = 1 if one.reference and one.requirement is not None else cfg.batch_size
+            groups = torch.arange(view.n_tiles).split(at_once)
+            print(f"{cfg.video}: {image.shape[1]}x{image.shape[0]}, {float(rate):.4g} fps, live; {view}; "
+                  "q and Enter or Ctrl-C ends")
+            bar = tqdm(unit="frame")
+        if output.n % c.max_num_frames == 0:
+            streams = [gaze.stream(len(group), *settings) for group in groups]
+        tiles, sharp = view.cut(image)
+        tiles = view.normalize(tiles)
+        parts = [stream.step(tiles[group].to(device)) for stream, group in zip(streams, groups, strict=True)]
+        gazing = parts[0]
+        if view.tiling:
+            gazing = view.tiling.join([torch.cat(m) for m in zip(*(p["gazing_mask"] for p in parts), strict=True)])
+        masks, one = [m[0, 0].cpu() for m in gazing["gazing_mask"]], viz.one_clip(gazing, 0)
+        latency.append(1000 * (time.perf_counter() - came))
+        shown = output.n // c.max_num_frames == cfg.sheet_chunk
+        picture = output.add(i, sharp, tiles, one["gazing_pos"][~one["if_padded_gazing"]], masks)
+        sheet += [picture] if shown else []
+        bar.update()
+    if output is None:
+        raise VideoError(f"{cfg.video}: ended before the first frame to look at")
+    bar.close()
+    return output, latency, [], sheet
+
+
+def report(cfg, c, output, times, losses, sheet, wanted=(), stopped=False):
+    """Complete the files and print what they hold. times: seconds per stage, or (live) ms per frame."""
+    numbers = output.close()
+    n, gazes, share = numbers["frames"], numbers["gazes_per_frame"], numbers["share_per_scale"]
+    if isinstance(sheet, dict):
+        viz.sheet(output.out / "sheet.png", **sheet)
+    elif sheet:  # none: the file ended too early
+        viz.plt.imsave(output.out / "sheet.png", np.concatenate(sheet))
+    if n < len(wanted):
+        print(f"note: {'stopped' if stopped else f'{cfg.video} ends or breaks'} after frame {output.last}: {n} frames, "
+              f"not {len(wanted)}")
+    print(f"ratio {numbers['ratio']:.4f}; gazes per frame: mean {gazes['mean']:.2f}, "
+          f"min {gazes['min']}, max {gazes['max']}; "
+          + ", ".join(f"scale {side} px {100 * p:.1f} %" for side, p in share.items())
+          + (f"; reconstruction loss {np.mean(losses):.4f}" if losses else ""))
+    if isinstance(times, dict):
+        numbers["seconds"] = times
+        print(f"{1000 * sum(times.values()) / n:.1f} ms per frame: "
+              + ", ".join(f"{stage} {1000 * s / n:.1f}" for stage, s in times.items()))
+    else:
+        numbers["latency_ms"] = {f"{p} %": float(np.percentile(times, p)) for p in (50, 90, 99, 100)}
+        print("ms from frame to gaze, with the wait for the frame before: "
+              + ", ".join(f"{k} {v:.1f}" for k, v in numbers["latency_ms"].items()))
+    if cfg.json:
+        text = json.dumps({"settings": asdict(cfg), "model": model.describe(c), **numbers}, indent=1)
+        (output.out / "gaze.json").write_text(text + "\n")
+    names = ("overlay.mp4", "sheet.png", "gaze.npz") + ("gaze.json",) * cfg.json
+    print("\n".join(str(output.out / name) for name in names if (output.out / name).exists()))
 
 @torch.no_grad()
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    n_source, rate, turns, size = probe(cfg.video)
-    first = round(cfg.start * rate)
-    if first >= n_source:
-        raise ValueError(f"start={cfg.start:g} lies beyond the end of {cfg.video}, {float(n_source / rate):.2f} s")
+    path = Path(cfg.video)
+    as_it_comes = cfg.live if cfg.live is not None else "://" in cfg.video or path.exists() and not (
+        path.is_file() or path.is_dir())
+    if cfg.videomae and (as_it_comes or cfg.scale):
+        raise ValueError("videomae: a reconstruction is shown of files' centre squares: leave out --scale, --live")
+    if not as_it_comes:
+        n_source, rate, turns, size = source.probe(cfg.video)
+        if round(cfg.start * rate) >= n_source:
+            raise ValueError(f"start={cfg.start:g} lies beyond the end of {cfg.video}, {float(n_source / rate):.2f} s")
+        wanted = list(picks(cfg, rate, n_source))
     _, _, device = common.init_processes(cfg.device)
     gaze, mae = load_models(cfg, device)
-    c, V, T = gaze.config, gaze.config.num_ids, gaze.config.max_num_frames
-    wanted = range(first, n_source, cfg.stride)[:cfg.max_frames or None]
-    n_chunks, (height, width), side = math.ceil(len(wanted) / T), size, min(size)
-    crop = (height - side) // 2, (width - side) // 2, side
-    if cfg.sheet_chunk >= n_chunks:
-        raise ValueError(f"sheet_chunk={cfg.sheet_chunk}: {len(wanted)} frames make {n_chunks} chunks, counted from 0")
-    out = Path(cfg.out or f"out/gaze/{Path(cfg.video).stem}")
-    out.mkdir(parents=True, exist_ok=True)
-    turned = ", stored turned" if turns else ""
-    print(f"{cfg.video}: {width}x{height}{turned}, {float(rate):.4g} fps; {len(wanted)} of {n_source} frames = "
-          f"{n_chunks} chunks of up to {T}; {side}x{side} pixels at x={crop[1]}, y={crop[0]}")
+    c, T, stop = gaze.config, gaze.config.max_num_frames, threading.Event()
+    if not as_it_comes:
+        view, n_chunks = View(c, size, cfg.scale), math.ceil(len(wanted) / T)
+        if cfg.sheet_chunk >= n_chunks:
+            raise ValueError(f"sheet_chunk={cfg.sheet_chunk}: {len(wanted)} frames make {n_chunks} chunks, "
+                             "counted from 0")
+        print(f"{cfg.video}: {size[1]}x{size[0]}{', stored turned' if turns else ''}, {float(rate):.4g} fps; "
+              f"{len(wanted)} of {n_source} frames = {n_chunks} chunks of up to {T}; {view}")
     print(f"{cfg.ckpt}: {model.describe(c)}; {device}")
 
-    q = c.image_size * max(1, round(288 / c.image_size))  # a whole multiple: patches end on pixels
-    canvas = make_canvas(c, q, mae is not None)
-    source = read_squares(cfg.video, wanted, crop, (c.image_size, q))
-    taken, source_frame, losses, sheet = [], [], [], None
-    seconds = dict.fromkeys(("decode", "select", "reconstruct", "draw+write"), 0.0)
-    half_written = out / ".overlay.mp4"
-    with av.open(str(half_written), "w", format="mp4") as container, tqdm(total=len(wanted), unit="frame") as bar:
-        fps = Fraction(cfg.fps or rate / cfg.stride).limit_denominator(10_000)
-        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "18"})
-        stream.height, stream.width, stream.pix_fmt = *canvas.shape[:2], "yuv420p"
-        while True:
-            clock = [time.perf_counter()]
-            batch = list(islice(source, cfg.batch_size * T))
-            if not batch:
-                break
-            chunks = [batch[i:i + T] for i in range(0, len(batch), T)]
-            filled = batch + batch[-1:] * (len(chunks) * T - len(batch))  # the gazes of the fill are dropped below
-            video = torch.stack([small for _, (small, _) in filled]).unflatten(0, (-1, T))  # (B, T, 3, R, R)
-            video = normalize(video.to(device))
-            clock.append(time.perf_counter())
-            gazing = gaze.generate(video, cfg.gazing_ratio, cfg.task_loss_requirement)
-            gazings = [viz.one_clip(gazing, b) for b in range(len(chunks))]  # waits for the device: the clock is right
-            clock.append(time.perf_counter())
-            recon, loss = (x.cpu() for x in mae(video, gazing, range(T))) if mae else ([None] * len(chunks), None)
-            video = video.cpu()
-            clock.append(time.perf_counter())
-            for b, chunk in enumerate(chunks):
-                n, done = len(chunk), len(source_frame)
-                taken += [pos[~pad] + V * done for pos, pad in model.split_frames(gazings[b])[:n]]
-                source_frame += [i for i, _ in chunk]
-                losses += loss[b, :n].tolist() if mae else []
-                painted = recon[b][:n] if mae else None
-                sharp = torch.stack([sharp for _, (_, sharp) in chunk])
-                for frame in paint(canvas, sharp, video[b, :n], viz.gazed_boxes(gazings[b], c)[:n], painted, c):
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-                if done == cfg.sheet_chunk * T:
-                    sheet = video[b, :n], gazings[b], c, painted, f"source frames {chunk[0][0]} to {chunk[-1][0]}"
-            clock.append(time.perf_counter())
-            seconds = {k: v + clock[i + 1] - clock[i] for i, (k, v) in enumerate(seconds.items())}
-            bar.update(len(batch))
-        container.mux(stream.encode())
-    os.replace(half_written, out / "overlay.mp4")
+    def interrupted(*_):
+        if stop.is_set():
+            raise KeyboardInterrupt  # asked twice
+        stop.set()
 
-    pos, counts = torch.cat(taken).numpy()[None], np.array([len(ids) for ids in taken])
-    np.savez(out / "gaze.npz", gazing_pos=pos, if_padded_gazing=np.zeros(pos.shape, bool), num_gazing_each_frame=counts,
-             scales=c.scales, patch_size=c.patch_size, source_frame=source_frame, source_size=size, crop=crop)
-    if sheet is not None:  # None: the file ended too early
-        at = cfg.sheet_chunk * T
-        viz.sheet(out / "sheet.png", *sheet[:4], f"{Path(cfg.video).name}, {sheet[4]}", losses[at:at + T] or None)
-    if (n := len(counts)) < len(wanted):
-        print(f"note: {cfg.video} ends or breaks after frame {source_frame[-1]}: {n} frames, not {len(wanted)}")
-    share = 100 * np.histogram(pos % V, np.cumsum([0, *c.ids_per_scale]))[0] / pos.size
-    print(f"ratio {pos.size / (n * V):.4f}; gazes per frame: mean {counts.mean():.2f}, "
-          f"min {counts.min()}, max {counts.max()}; "
-          + ", ".join(f"scale {side} px {p:.1f} %" for side, p in zip(c.scale_list, share, strict=True))
-          + (f"; reconstruction loss {np.mean(losses):.4f}" if mae else ""))
-    print(f"{1000 * sum(seconds.values()) / n:.1f} ms per frame: "
-          + ", ".join(f"{stage} {1000 * s / n:.1f}" for stage, s in seconds.items()))
-    print("\n".join(str(out / name) for name in ("overlay.mp4", "sheet.png", "gaze.npz") if (out / name).exists()))
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        if as_it_comes:
+            report(cfg, c, *run_live(cfg, gaze, device, stop))
+        else:
+            output = Output(cfg, c, view, rate, mae is not None)
+            report(cfg, c, output, *run_file(cfg, view, wanted, gaze, mae, output, device, stop), wanted, stop.is_set())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

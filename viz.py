@@ -1,9 +1,12 @@
 """Pictures: which patches were gazed, frame by frame and scale by scale. Only gazes are drawn; frames stay as is."""
+import math
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from data import denormalize
 
@@ -102,3 +105,62 @@ def one_clip(gazing, row):
     return out | {"num_gazing_each_frame": gazing["num_gazing_each_frame"].cpu()}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# frames of a film: a panel per scale in a row, labels above; `view` says which tiles a picture is made of, see gaze.py
+
+STRIP, GAP = 26, 4  # pixels: height of the labels, distance of the panels
+
+
+def make_canvas(config, panel, reconstruction):
+    """A frame with labels and no panels yet, (H, W, 3) uint8, even sides as yuv420p wants them; panel: (h, w)."""
+    names = ["video", *(f"scale {n} px" for n in config.scale_list)] + ["reconstruction"] * reconstruction
+    h, q = panel
+    height, width = (math.ceil(n / 2) * 2 for n in (STRIP + h, len(names) * (q + GAP) - GAP))
+    fig = plt.figure(figsize=(width / 100, height / 100), dpi=100, facecolor="#181818")
+    for i, name in enumerate(names):
+        color = COLORS[(i - 1) % len(COLORS)] if name.startswith("scale") else "white"
+        fig.text((i * (q + GAP) + q / 2) / width, 1 - STRIP / 2 / height, name, color=color, ha="center", va="center",
+                 fontsize=11, weight="bold")
+    fig.canvas.draw()
+    canvas = np.asarray(fig.canvas.buffer_rgba())[:height, :width, :3].copy()
+    plt.close(fig)
+    return canvas
+
+
+def enlarge(x, view):
+    """Normalised pixels (3, rows * n, columns * n) of all tiles -> panel (h, w, 3) uint8, every pixel a block."""
+    y, x_at = (torch.arange(length) * n // (tiles * view.q) for length, n, tiles in
+               zip(view.panel, x.shape[1:], (view.rows, view.columns), strict=True))
+    return (denormalize(x) * 255).round().byte()[:, y][..., x_at].permute(1, 2, 0).numpy()
+
+
+def lattice(view, g, length):
+    """Of a panel's rows or columns: the patch each is in, of g per tile, and whether it is that patch's outline."""
+    at = np.arange(length)
+    edges = np.array([round(i * view.q / g) for i in range(length * g // view.q + 3)])
+    patch = np.searchsorted(edges, at, side="right") - 1
+    wide = np.diff(edges)[patch]
+    line = np.where(wide < (6 if view.tiling else 1), 0, np.where(wide < 24, 1, 2))  # it would hide tiny patches
+    return patch, (at - edges[patch] < line) | (edges[patch + 1] - at <= line)
+
+
+def paint(canvas, view, config, sharp, tiles, masks, recon):
+    """One frame of the overlay. sharp (3, h, w) uint8: for the viewer; tiles (n, 3, R, R) normalised: for the model;
+    masks: per scale (V_s,), 1 where gazed; recon (3, R, R) normalised or None."""
+    sharp = sharp.permute(1, 2, 0).numpy()
+    panels = [sharp] + [(0.45 * sharp).astype(np.uint8) for _ in masks]
+    whole = rearrange(tiles, "(i j) c h w -> 1 c (i h) (j w)", i=view.rows)
+    for s, (n, g, grid, mask) in enumerate(zip(config.scale_list, view.per_tile, view.grids, masks, strict=True)):
+        size = view.rows * n, view.columns * n
+        seen = enlarge(F.interpolate(whole, size, mode="bicubic", align_corners=False)[0], view)
+        (y, y_line), (x, x_line) = (lattice(view, g, length) for length in view.panel)
+        gazed = mask.view(grid).bool().numpy()[np.ix_(y, x)]
+        color = [int(COLORS[s % len(COLORS)][i:i + 2], 16) for i in (1, 3, 5)]
+        panels[1 + s][gazed] = seen[gazed]
+        panels[1 + s][gazed & (y_line[:, None] | x_line)] = color
+    panels += [] if recon is None else [enlarge(recon, view)]
+    frame = canvas.copy()
+    for i, panel in enumerate(panels):
+        x = i * (view.panel[1] + GAP)
+        frame[STRIP:STRIP + view.panel[0], x:x + view.panel[1]] = panel
+    return frame

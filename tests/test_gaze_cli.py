@@ -2,10 +2,15 @@
 tests/test_gaze_cli.py also looks at the first video of that folder."""
 import contextlib
 import io
+import json
+import math
 import os
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -13,9 +18,10 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import gaze
-from data import VIDEO_SUFFIXES, VideoError
+from data import VIDEO_SUFFIXES, VideoError, normalize, read_frames
 from model import Gaze, GazeConfig
 from videomae import VideoMAE, VideoMAEConfig
 
@@ -65,6 +71,7 @@ def look(folder, video, *args, as_script=False):
     """Look at a video -> (npz as a dict, frames of the overlay, printed text). In this process: importing takes longer
     than all else."""
     out, text = folder / "out" / Path(video).stem, io.StringIO()
+    shutil.rmtree(out, ignore_errors=True)
     args = [f"--video={folder / video}", f"--ckpt={folder / 'model'}", f"--out={out}", *args]
     if as_script:
         done = run(*args)
@@ -74,7 +81,7 @@ def look(folder, video, *args, as_script=False):
         with mock.patch("sys.argv", ["gaze.py", "--device=cpu", *args]), contextlib.redirect_stdout(text):
             gaze.main()
     assert (out / "sheet.png").stat().st_size > 1000
-    assert sorted(os.listdir(out)) == ["gaze.npz", "overlay.mp4", "sheet.png"]
+    assert sorted(os.listdir(out)) == ["gaze.json"] * ("--json=true" in args) + ["gaze.npz", "overlay.mp4", "sheet.png"]
     with av.open(str(out / "overlay.mp4")) as container:
         frames = [f.to_ndarray(format="rgb24").astype(int) for f in container.decode(video=0)]
     return dict(np.load(out / "gaze.npz")), frames, text.getvalue()
@@ -149,6 +156,14 @@ def test_turned_phone_video(folder):
     ("--video=DIR/odd.mp4 --start=9", "start=9 lies beyond the end"),
     ("--video=DIR/odd.mp4 --ckpt=DIR/model --sheet_chunk=3", "10 frames make 3 chunks"),
     ("--ckpt=DIR/model", "no video given"),
+    ("--video=DIR/odd.mp4 --fps=9", "fps=9 is above the video's 8"),
+    ("--video=DIR/odd.mp4 --ckpt=DIR/model --live=true --fps=9", "fps=9 is above the video's 8"),
+    ("--video=DIR/odd.mp4 --stride=0", "stride and batch_size start at 1"),
+    ("--video=DIR/odd.mp4 --duration=0", "duration=0.0 must be above 0"),
+    ("--video=DIR/odd.mp4 --scale=0", "scale=0.0 must lie in (0, 4]"),
+    ("--video=DIR/odd.mp4 --scale=1 --videomae=DIR/mae", "leave out --scale, --live"),
+    ("--video=DIR/text.mp4 --ckpt=DIR/model --live=true", "cannot be read as a video stream"),
+    ("--video=DIR/odd.mp4 --ckpt=DIR/model --live=true --start=9", "ended before the first frame to look at"),
 ])
 def test_mistakes(folder, args, message, capsys):
     with mock.patch("sys.argv", ["gaze.py", "--device=cpu", *args.replace("DIR", str(folder)).split()]):
@@ -161,6 +176,143 @@ def test_mistake_ends_in_one_line(folder):
     done = run(f"--video={folder / 'none.mp4'}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+# ----------------------------------------------------------------------------------------------------------------------
+# whole frames in tiles, parts of a video, live
+
+
+def moving(path, n, height, width, codec="ffv1", form=None):
+    """Noise, so that every frame has its own gaze; lossless."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = height, width, "bgr0" if codec == "ffv1" else "yuv420p"
+        for _ in range(n):
+            picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def as_generated(folder, video, n, ratio):
+    """(gaze of the whole frames by generate() alone, their size in patches)"""
+    frames = read_frames(folder / video, n)
+    H, W = frames.shape[2:]
+    grids = [(math.ceil(H * g / 32), math.ceil(W * g / 32)) for g in (2, 4)]
+    h, w = (PATCH * k for k in grids[-1])
+    clip = F.pad(normalize(frames), (0, w - W, 0, h - H))[None]
+    gazing = Gaze.from_pretrained(folder / "model").eval().generate(
+        clip, ratio, target_scales=[(PATCH * y, PATCH * x) for y, x in grids], target_patch_size=PATCH)
+    return gazing, grids
+
+
+@pytest.mark.parametrize("size", [(51, 75), (75, 51), (40, 33), (1, 1)])
+def test_tiles_line_up_with_pixels(folder, size):
+    moving(folder / "noise.mkv", FRAMES, *size)
+    npz, frames, text = look(folder, "noise.mkv", "--scale=1", "--gazing_ratio=0.3", "--batch_size=2")
+    gazing, grids = as_generated(folder, "noise.mkv", FRAMES, 0.3)
+    keep = ~gazing["if_padded_gazing"][0]
+    assert np.array_equal(npz["gazing_pos"][0], gazing["gazing_pos"][0][keep])
+    assert npz["grids"].tolist() == [list(g) for g in grids] and npz["source_size"].tolist() == list(size)
+    # from ids to pixels by what gaze.npz says, against the masks
+    top, left, side = npz["crop"]
+    V, starts = int(npz["grids"].prod(1).sum()), [0, int(npz["grids"][0].prod())]
+    for s, (g, (rows, columns)) in enumerate(zip((2, 4), grids, strict=True)):
+        want = gazing["gazing_mask"][s][0].view(FRAMES, rows, columns).bool().numpy()
+        got, step = np.zeros((FRAMES, *size), bool), int(side / g)
+        for i in npz["gazing_pos"][0]:
+            if starts[s] <= i % V < starts[s] + rows * columns:
+                y, x = divmod(i % V - starts[s], columns)
+                y, x = int(top + y * side / g), int(left + x * side / g)
+                assert y < size[0] and x < size[1]  # no gaze into the padding
+                got[i // V, y:y + step, x:x + step] = True
+        assert np.array_equal(got, want.repeat(step, 1).repeat(step, 2)[:, :size[0], :size[1]])
+
+
+def test_tiles_in_the_overlay(folder):
+    """At ratio 1 all panels show the bright square where it is; two chunks, the last one not full."""
+    npz, frames, text = look(folder, "odd.mp4", "--scale=1", "--gazing_ratio=1", "--max_frames=6", "--json=true")
+    assert "75x51 pixels in 2 rows x 3 columns of tiles" in text and len(frames) == 6
+    assert (npz["num_gazing_each_frame"] == npz["grids"].prod(1).sum()).all()
+    w = frames[5].shape[1] // 3
+    for panel in range(3):
+        grey = frames[5][STRIP:, panel * w:(panel + 1) * w - GAP].mean(-1)
+        y, x = (np.flatnonzero((grey > 190).mean(1 - a) > 0.06) for a in (0, 1))
+        for found, start, length in ((y, 32, 51), (x, 44, 75)):  # pixels 32 to 44 of 51 rows, 44 to 56 of 75 columns
+            scale = grey.shape[length == 75] / length
+            assert abs(found.min() - start * scale) < 14 and abs(found.max() - (start + 12) * scale) < 14
+    numbers = json.loads((folder / "out/odd/gaze.json").read_text())
+    assert numbers["frames"] == 6 and numbers["ratio"] == 1 and numbers["settings"]["scale"] == 1
+    assert abs(sum(numbers["share_per_scale"].values()) - 1) < 1e-9
+
+
+@pytest.mark.parametrize("args, want, fps", [
+    ("--start=0.25 --duration=0.75 --fps=4", [2, 4, 6], 4),
+    ("--start=0.25 --duration=0.75 --fps=3", [2, 4, 7], 3),
+    ("--duration=0.01", [0], 8),
+    ("--duration=99 --max_frames=3", [0, 1, 2], 8),
+])
+@pytest.mark.parametrize("live", ["false", "true"])
+def test_which_frames(folder, args, want, fps, live):
+    npz, frames, _ = look(folder, "odd.mp4", f"--live={live}", *args.split())
+    check(npz, frames, n=len(want), panels=3)
+    assert npz["source_frame"].tolist() == want
+    with av.open(str(folder / "out/odd/overlay.mp4")) as container:
+        assert container.streams.video[0].average_rate == fps
+
+
+@pytest.mark.parametrize("args", [[], ["--scale=0.9", "--batch_size=2"], ["--task_loss_requirement=0.5"]])
+def test_live_equals_file(folder, args):
+    """Also past a window's end: 10 frames, windows of 4."""
+    moving(folder / "live.mkv", 10, 51, 75)
+    whole, _, _ = look(folder, "live.mkv", *args)
+    live, frames, text = look(folder, "live.mkv", "--live=true", *args)
+    assert len(frames) == 10 and "ms from frame to gaze" in text
+    assert whole.keys() == live.keys() and all(np.array_equal(whole[k], live[k]) for k in whole)
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_live_from_a_pipe(folder, interrupt, monkeypatch):
+    """Ends with its writer; on Ctrl-C at once, though the writer holds the pipe open."""
+    moving(folder / "film.ts", 100, 32, 48, codec="mpeg2video", form="mpegts")
+    pipe, done = folder / f"pipe{interrupt}", threading.Event()
+    os.mkfifo(pipe)
+
+    def write_slowly():
+        with contextlib.suppress(BrokenPipeError), open(pipe, "wb") as file:
+            file.write((folder / "film.ts").read_bytes())
+            file.flush()
+            done.wait(60 if interrupt else 0)
+
+    add = gaze.Output.add
+
+    def add_and_interrupt(self, *args):
+        picture = add(self, *args)
+        if interrupt and self.n == 6:
+            signal.raise_signal(signal.SIGINT)
+        return picture
+
+    monkeypatch.setattr(gaze.Output, "add", add_and_interrupt)
+    writer = threading.Thread(target=write_slowly)
+    writer.start()
+    npz, frames, _ = look(folder, pipe.name)
+    done.set()
+    writer.join()
+    check(npz, frames, n=6 if interrupt else 100, panels=3)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_file_interrupted(folder, monkeypatch):
+    add = gaze.Output.add
+
+    def add_and_interrupt(self, *args):
+        if self.n == 1:
+            signal.raise_signal(signal.SIGINT)
+        return add(self, *args)
+
+    monkeypatch.setattr(gaze.Output, "add", add_and_interrupt)
+    npz, frames, text = look(folder, "odd.mp4", "--batch_size=1")
+    check(npz, frames, n=FRAMES, panels=3)  # the batch is finished
+    assert "stopped after frame 3: 4 frames, not 10" in text
 
 
 @pytest.mark.skipif("GAZE_CLIPS" not in os.environ, reason="GAZE_CLIPS names no folder of real videos")
