@@ -273,6 +273,7 @@ def test_live_equals_file(folder, args):
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_live_from_a_pipe(folder, interrupt, monkeypatch):
     """Ends with its writer; on Ctrl-C at once, though the writer holds the pipe open."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
     moving(folder / "film.ts", 100, 32, 48, codec="mpeg2video", form="mpegts")
     pipe, done = folder / f"pipe{interrupt}", threading.Event()
     os.mkfifo(pipe)
@@ -302,6 +303,7 @@ def test_live_from_a_pipe(folder, interrupt, monkeypatch):
 
 
 def test_file_interrupted(folder, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     add = gaze.Output.add
 
     def add_and_interrupt(self, *args):
