@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import normalize
+from model import one_clip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # processes
@@ -173,8 +174,8 @@ class StepSampler:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {world} processes")
         self.n, self.batch_size, self.rank, self.seed, self.start, self.total = n, batch_size, rank, seed, start, total
         self.local = batch_size // world
-        self.n_micro = math.ceil(self.local / min(micro or self.local, self.local))
-        self.micro = math.ceil(self.local / self.n_micro)
+        n_micro = math.ceil(self.local / (micro or self.local))
+        self.micro = math.ceil(self.local / n_micro)
         sizes = [len(range(i, min(i + self.micro, self.local))) for i in range(0, self.local, self.micro)]
         self.n_micro = len(sizes)
         clips = f"{self.micro} clips x {self.n_micro} micro-batches" if len(set(sizes)) == 1 else (
@@ -315,8 +316,7 @@ def validate(gaze, mae, loader, ratios, requirement, device):
         sums[2] += real.sum().item() / (video.shape[1] * gaze.config.num_ids)
         sums[3] += len(video)
         if picture is None:
-            first = {k: v[:1] if v.dim() == 2 else v for k, v in gazing.items() if k != "gazing_mask"}
-            picture = video[0], first, recon
+            picture = video[0], one_clip(gazing, 0), recon
     loss, predicted, ratio, count = all_sum(*sums)
     metrics = {"val_ratio": ratio / count}
     if mae is not None:

@@ -22,7 +22,7 @@ import configurator
 import viz
 from data import Clips, normalize
 from label import greedy
-from model import Gaze, join_frames
+from model import Gaze, join_frames, one_clip
 from videomae import load_videomae
 
 
@@ -231,7 +231,7 @@ def main():
         pictures = pictures or first
     print_table(results)
     for name, (video, gazing, recon, loss) in pictures.items():
-        viz.sheet(out / f"gaze_{name}.png", video[0], viz.one_clip(gazing, 0), mae.config, reconstruction=recon[0],
+        viz.sheet(out / f"gaze_{name}.png", video[0], one_clip(gazing, 0), mae.config, reconstruction=recon[0],
                   losses=loss[0].tolist(), title=f"{name}: loss {loss[0].mean():.3f}")
     plot(results, out)
     for table in results.values():

@@ -56,7 +56,7 @@ import model
 import source
 import viz
 from data import VideoError, decode
-from model import Gaze
+from model import Gaze, is_hub_id, one_clip
 from source import View
 from videomae import VideoMAE
 
@@ -125,10 +125,9 @@ def read_file(path, wanted, view):
 
 
 def load_models(cfg, device):
-    path = Path(cfg.ckpt)
-    if not path.exists() and (len(path.parts) != 2 or path.parent.exists()):  # else it may be a hub id, owner/name
+    if not Path(cfg.ckpt).exists() and not is_hub_id(cfg.ckpt):
         raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such folder; train_ntp.py and train_grpo.py write one")
-    gaze = Gaze.from_pretrained(path).to(device).eval()
+    gaze = Gaze.from_pretrained(cfg.ckpt).to(device).eval()
     if cfg.videomae is None:
         return gaze, None
     try:
@@ -226,7 +225,7 @@ def run_file(cfg, view, wanted, gaze, mae, output, device, stop):
             recon, loss = (x.cpu() for x in mae(video, gazing, range(T))) if mae else (None, None)
             clock.append(time.perf_counter())
             for b, chunk in enumerate(chunks):
-                shown, pictures, one = output.n == cfg.sheet_chunk * T, [], viz.one_clip(gazing, b)
+                shown, pictures, one = output.n == cfg.sheet_chunk * T, [], one_clip(gazing, b)
                 losses += loss[b, :len(chunk)].tolist() if mae else []
                 for t, ((i, tiles, sharp), (pos, padded)) in enumerate(zip(chunk, model.split_frames(one))):  # noqa: B905
                     pictures.append(output.add(i, sharp, view.normalize(tiles), pos[~padded] - V * t,
@@ -279,7 +278,7 @@ def run_live(cfg, gaze, device, stop):
         gazing = parts[0]
         if view.tiling:
             gazing = view.tiling.join([torch.cat(m) for m in zip(*(p["gazing_mask"] for p in parts), strict=True)])
-        masks, one = [m[0, 0].cpu() for m in gazing["gazing_mask"]], viz.one_clip(gazing, 0)
+        masks, one = [m[0, 0].cpu() for m in gazing["gazing_mask"]], one_clip(gazing, 0)
         latency.append(1000 * (time.perf_counter() - came))
         shown = output.n // c.max_num_frames == cfg.sheet_chunk
         picture = output.add(i, sharp, tiles, one["gazing_pos"][~one["if_padded_gazing"]], masks)
@@ -319,6 +318,7 @@ def report(cfg, c, output, times, losses, sheet, wanted=(), stopped=False):
         (output.out / "gaze.json").write_text(text + "\n")
     names = ("overlay.mp4", "sheet.png", "gaze.npz") + ("gaze.json",) * cfg.json
     print("\n".join(str(output.out / name) for name in names if (output.out / name).exists()))
+
 
 @torch.no_grad()
 def main():

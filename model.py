@@ -495,6 +495,12 @@ def join_frames(frames):
             "num_gazing_each_frame": torch.tensor([ids.shape[1] for ids, _ in frames])}
 
 
+def one_clip(gazing, row):
+    """The gaze dict of one clip of a batch, on the CPU."""
+    out = {k: gazing[k][row:row + 1].cpu() for k in ("gazing_pos", "if_padded_gazing")}
+    return out | {"num_gazing_each_frame": gazing["num_gazing_each_frame"].cpu()}
+
+
 def per_clip_and_frame(value, B, name):
     """float | list of T | (B, T) -> a function of t that gives (B,) values."""
     value = torch.as_tensor(value, dtype=torch.float64).cpu()
@@ -756,6 +762,12 @@ def assign(module, tensors, source, name=lambda n: n):
         raise ValueError(f"{source} do not fit: " + "; ".join(wrong[:8])
                          + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
     module.load_state_dict({want[n][0]: t.float() for n, t in tensors.items()}, assign=True)
+
+
+def is_hub_id(path):
+    """Whether path, which is no folder here, looks like owner/name on the Hugging Face hub."""
+    path = Path(path)
+    return not path.exists() and len(path.parts) == 2 and not path.parent.exists()
 
 
 def announce(hub_id):

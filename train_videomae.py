@@ -22,6 +22,7 @@ import common
 import configurator
 import viz
 from data import Clips, collate, normalize
+from model import one_clip
 from videomae import VideoMAE, VideoMAEConfig
 
 
@@ -111,7 +112,7 @@ def evaluate(mae, clips, loader, cfg, device):
         recon, loss = mae(video, gazing, range(cfg.n_frames))
         total, count = total + loss.mean(1).sum().item(), count + len(video)
         if picture is None:
-            picture = video[0], {k: v[:1] if v.dim() == 2 else v for k, v in gazing.items()}, recon[0]
+            picture = video[0], one_clip(gazing, 0), recon[0]
     total, count = common.all_sum(total, count)
     return total / count, picture
 

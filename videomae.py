@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from data import IMAGE_MEAN, IMAGE_STD
-from model import announce, assign, download
+from model import announce, assign, download, is_hub_id
 
 WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
 # Parameters that a plain ViTMAE lacks; taken as start weights they are drawn anew.
@@ -270,7 +270,7 @@ class VideoMAE(nn.Module):
         Perceptual networks come from the file if it holds them, else from dinov2_reg and siglip2 (as in the class).
         FileNotFoundError: no weights there; ValueError names tensors that do not fit."""
         path = Path(path)
-        if not path.exists() and len(path.parts) == 2 and not path.parent.exists():  # owner/name
+        if is_hub_id(path):
             path = download(str(path), WEIGHT_FILES)
         folder = path if path.is_dir() else None
         if folder:

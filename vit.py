@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import announce
+from model import announce, is_hub_id
 from videomae import block_causal_attention
 
 ATTENTION = ("block_causal", "causal", "bidirectional")
@@ -66,9 +66,9 @@ class GazeViT(nn.Module):
 
         FileNotFoundError: no weights there; ValueError: not a SigLIP, or scales given nowhere."""
         from transformers import SiglipVisionModel
-        path, here = Path(folder), Path(folder).is_dir()
+        here = Path(folder).is_dir()
         nowhere = f"{folder}: neither a folder with a SigLIP's config.json and model.safetensors nor a hub id in reach"
-        if not here and (len(path.parts) != 2 or path.parent.exists()):  # not owner/name
+        if not here and not is_hub_id(folder):
             raise FileNotFoundError(nowhere)
         if not here:
             announce(str(folder))

@@ -99,12 +99,6 @@ def save_figure(fig, path):
     plt.close(fig)
 
 
-def one_clip(gazing, row):
-    """The gaze dict of one clip of a batch, on the CPU."""
-    out = {k: gazing[k][row:row + 1].cpu() for k in ("gazing_pos", "if_padded_gazing")}
-    return out | {"num_gazing_each_frame": gazing["num_gazing_each_frame"].cpu()}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # frames of a film: a panel per scale in a row, labels above; `view` says which tiles a picture is made of, see gaze.py
 

@@ -319,6 +319,6 @@ def test_file_interrupted(folder, monkeypatch):
 
 @pytest.mark.skipif("GAZE_CLIPS" not in os.environ, reason="GAZE_CLIPS names no folder of real videos")
 def test_real_clip(folder):
-    video = sorted(p for p in Path(os.environ["GAZE_CLIPS"]).rglob("*") if p.suffix in VIDEO_SUFFIXES)[0]
+    video = sorted(p for p in Path(os.environ["GAZE_CLIPS"]).resolve().rglob("*") if p.suffix in VIDEO_SUFFIXES)[0]
     npz, frames, _ = look(folder, video, "--max_frames=8", f"--videomae={folder / 'mae'}")
     check(npz, frames, n=8, panels=4)

@@ -38,10 +38,6 @@ def as_frames(gazing, row):
     return [(ids[row][~pad[row]] - V * t).tolist() for t, (ids, pad) in enumerate(split_frames(gazing))]
 
 
-def one_clip(gazing, row):
-    return {k: v if v.dim() == 1 else v[row:row + 1] for k, v in gazing.items() if k != "gazing_mask"}
-
-
 @torch.no_grad()
 def slow_generate(gaze, video, budgets, requirement=None):
     """Greedy gazes of one clip (1, T, …): the whole sequence goes through the plain decoder again for every block.
