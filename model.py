@@ -195,10 +195,23 @@ def rope_frequencies(c):
 
 
 def rotate(x, cos, sin):
-    """Half-split rotation of x (B, H, L, d): its halves a, b become a·cos - b·sin, b·cos + a·sin. cos (…, L, d) holds
+    """Half-split rotation of x (…, L, d): its halves a, b become a·cos - b·sin, b·cos + a·sin. cos (…, L, d) holds
     [cos, cos] and sin [-sin, sin], which takes four passes over x in place of seven."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([b, a], dim=-1) * sin
+
+
+def attend(q, k, v):
+    """Causal attention of queries (B, H, q, d), the last q of the L tokens of keys and values (B, H, L, d)."""
+    past = k.shape[2] - q.shape[2]
+    if past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # For a CPU, where a mask costs a seventh of the time and the past needs none: both parts by themselves, each
+    # weighted by its sum of exponentials, which only this operator returns.
+    part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    old, old_sum = part(q, k[:, :, :past], v[:, :, :past])
+    new, new_sum = part(q, k[:, :, past:], v[:, :, past:], is_causal=True)
+    return torch.lerp(new, old, torch.sigmoid(old_sum - new_sum).unsqueeze(-1).to(new.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -223,23 +236,28 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask=None, remember=None, wanted=None):
+    def joined(self):
+        """The weights that the same input meets, as one matrix each: (3·D, D) of attention, (2·M, D) of the MLP."""
+        attn, mlp = self.self_attn, self.mlp
+        return (torch.cat([attn[n].weight for n in ("q_proj", "k_proj", "v_proj")]),
+                torch.cat([mlp[n].weight for n in ("gate_proj", "up_proj")]))
+
+    def forward(self, x, cos, sin, mask=None, remember=None, wanted=None, joined=None):
         """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them.
         wanted (B, M): the tokens whose output is of use, whose rows `mask` then has; returns (B, M, D)."""
-        attn, mlp = self.self_attn, self.mlp
-        y = self.input_layernorm(x)
-        q, k, v = (attn[n](y).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, d)
-                   for n in ("q_proj", "k_proj", "v_proj"))
-        q, k = (rotate(a, cos, sin).to(v.dtype) for a in (q, k))  # autocast halves v
+        qkv, gate_up = joined or self.joined()
+        y = F.linear(self.input_layernorm(x), qkv).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        v = y[2]  # (B, H, L, d)
+        q, k = rotate(y[:2], cos, sin).to(v.dtype)  # autocast halves v
         if remember is not None:
             k, v = remember(k, v)
         if wanted is not None:
             x, q = take(x, wanted), take(q.transpose(1, 2).flatten(2), wanted).unflatten(2, (self.num_heads, -1))
             q = q.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        x = x + attn["o_proj"](y.transpose(1, 2).flatten(2))
-        y = self.post_attention_layernorm(x)
-        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](y)) * mlp["up_proj"](y))
+        y = attend(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.self_attn["o_proj"](y.transpose(1, 2).flatten(2))
+        gate, up = F.linear(self.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
+        return x + self.mlp["down_proj"](F.silu(gate) * up)
 
 
 class Decoder(nn.Module):
@@ -250,10 +268,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(c), persistent=False)
 
-    def forward(self, x, positions=None, mask=None, remember=None, wanted=None):
+    def forward(self, x, positions=None, mask=None, remember=None, wanted=None, joined=None, split=False):
         """x (B, L, D) -> (B, L, D) before the final norm, or only the tokens at wanted (B, M): the last layer leaves
         out the others, of which nothing but keys and values matters there. positions (L,) or (B, L); default 0, 1, 2,
-        …, causal. mask (1 | B, 1, L, keys): added to attention scores."""
+        …, causal. mask (1 | B, 1, L, keys): added to attention scores. joined: of each layer, see
+        Layer.joined. split: the mask is the causal one; layers before the last do without (see attend)."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         angle = positions.unsqueeze(-1) * self.frequencies.float()  # (…, L, d/2)
@@ -263,14 +282,15 @@ class Decoder(nn.Module):
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         for i, layer in enumerate(self.layers):
             put = None if remember is None else functools.partial(remember, i)
+            weights = None if joined is None else joined[i]
             if wanted is None or i < len(self.layers) - 1:
-                x = layer(x, cos, sin, mask, put)
+                x = layer(x, cos, sin, None if split else mask, put, None, weights)
             else:
                 if mask is None:
                     mask = (torch.arange(x.shape[1], device=x.device) <= wanted.unsqueeze(-1)).unsqueeze(1)
                 else:
                     mask = take(mask.squeeze(1).expand(len(x), -1, -1), wanted).unsqueeze(1)
-                x = layer(x, cos, sin, mask, put, wanted)
+                x = layer(x, cos, sin, mask, put, wanted, weights)
         return x
 
 
@@ -607,6 +627,8 @@ class GazeStream:
         self.length, self.longest = 0, 0
         kind = self.device.type  # under autocast keys come in its type: kept so, not turned into it at every step
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else p.dtype
+        with torch.no_grad():
+            self.joined = [[w.to(dtype) for w in layer.joined()] for layer in model.decoder.layers]
         self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads, dtype=dtype)
 
     def for_row(self, i):
@@ -644,6 +666,10 @@ class GazeStream:
             cache = self.cache.new_zeros(*self.cache.shape[:4], max(length, 2 * have), self.cache.shape[5])
             cache[..., :have, :] = self.cache
             self.cache = cache
+            # 0 where token i of those that come next may look if `room` tokens lie before it, else -inf; for fewer
+            # tokens before, columns are left out on the left
+            room, q = cache.shape[4], self.c.ids_per_scale[-1] + self.c.num_multi_token_pred
+            self.causal = cache.new_full((q, room + q), float("-inf")).triu(room + 1)
 
     def feed(self, x, keep, positions=None):
         """Append tokens x (B, q, D) to the cache; keep (B, q) | None marks the real ones. Returns what the last of
@@ -660,11 +686,15 @@ class GazeStream:
         index = torch.arange(q, device=self.device) + start  # (q,) | (B, q)
         total = self.longest + q
         self.reserve(total)
-        # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later. A sum
-        # that all layers share: attention would turn a mask of bools into one, layer by layer
-        seen = torch.arange(total, device=self.device) <= index.unsqueeze(-1)
-        mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
-        mask = mask.view(-1, 1, q, total)
+        # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later
+        if uniform:
+            left = self.cache.shape[4] - start
+            mask = self.causal[None, None, :q, left:left + total]
+            mask = mask if self.device.type == "cpu" else mask.contiguous()  # kernels ask for aligned rows
+        else:
+            seen = torch.arange(total, device=self.device) <= index.unsqueeze(-1)
+            mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device)
+            mask = mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
 
         def remember(layer, k, v):
             for cache, new in zip(self.cache[:, layer], (k, v), strict=True):
@@ -674,7 +704,8 @@ class GazeStream:
                     cache.scatter_(2, index[:, None, :, None].expand_as(new), new.to(cache.dtype))
             return self.cache[:, layer, :, :, :total].to(v.dtype)
 
-        h = self.model.decoder(x, index if positions is None else positions, mask, remember, last)
+        h = self.model.decoder(x, index if positions is None else positions, mask, remember, last,
+                               self.joined, split=uniform and q >= 64 and self.device.type == "cpu")
         if keep is None:
             self.length, self.longest = self.length + q, total
         else:
