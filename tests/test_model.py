@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import normal_video, tiny_gaze
 from safetensors.torch import load_file, save_file
 
-from model import Gaze, GazeConfig, join_frames, split_frames
+from model import Gaze, GazeConfig, attend, join_frames, split_frames
 
 V, T = 20, 4
 MIXED = torch.tensor([[9, 1, 4, 6], [2, 7, 1, 20], [5, 5, 3, 1]]) / V  # (B, T), rows of unequal length
@@ -109,6 +109,15 @@ def test_streaming_equals_the_whole_clip(video, kwargs, blocks):
         assert torch.equal((part["gazing_pos"] + V * t)[~padded], ids[~padded])
         for mask, all_masks in zip(part["gazing_mask"], whole["gazing_mask"], strict=True):
             assert torch.equal(mask[:, 0], all_masks[:, t])
+
+
+@pytest.mark.parametrize("past", [0, 1, 50])
+def test_attention_to_the_past_and_the_new(past):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (20, past + 20, past + 20))
+    mask = torch.ones(20, past + 20, dtype=torch.bool).tril(past)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attend(q, k, v), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reference", [False, True])
