@@ -246,9 +246,9 @@ class Layer(nn.Module):
         """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them.
         wanted (B, M): the tokens whose output is of use, whose rows `mask` then has; returns (B, M, D)."""
         qkv, gate_up = joined or self.joined()
-        y = F.linear(self.input_layernorm(x), qkv).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        v = y[2]  # (B, H, L, d)
-        q, k = rotate(y[:2], cos, sin).to(v.dtype)  # autocast halves v
+        y = F.linear(self.input_layernorm(x), qkv).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
+        y, v = y.split([2 * self.num_heads, self.num_heads], dim=1)  # (B, H, L, d)
+        q, k = rotate(y, cos, sin).to(v.dtype).chunk(2, dim=1)  # autocast halves v
         if remember is not None:
             k, v = remember(k, v)
         if wanted is not None:
