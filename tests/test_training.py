@@ -561,6 +561,31 @@ def test_rewards_in_parts(gaze, mae):
         torch.testing.assert_close(train_grpo.measure(mae, video, gazing, frames, most), whole)
 
 
+def test_mirror_moves_gazes_with_the_pixels():
+    """The mean colour under every gazed patch stays the same, and all four reflections occur."""
+    torch.manual_seed(0)
+    config = tiny_gaze().config
+    V, T = config.num_ids, 2
+    video = torch.rand(40, 1, 3, config.image_size, config.image_size)[:1].expand(40, T, -1, -1, -1)
+    ids = torch.rand(40, T, V).argsort(-1)[..., :5]
+    gazing = {"gazing_pos": (ids + V * torch.arange(T)[:, None]).flatten(1),
+              "num_gazing_each_frame": torch.tensor([5, 5]),
+              "if_padded_gazing": torch.rand(40, 5 * T) < 0.2}
+    before = gazing["gazing_pos"].clone()
+
+    def colours(video, pos):
+        cells = [torch.nn.functional.adaptive_avg_pool2d(video.flatten(0, 1), s // config.patch_size).flatten(2)
+                 for s in config.scale_list]
+        cells = torch.cat(cells, -1).view(40, T, 3, V).transpose(1, 2).flatten(2)  # (B, 3, T·V)
+        return cells.gather(2, pos.unsqueeze(1).expand(-1, 3, -1))
+    new_video, new = train_ntp.mirror(video, gazing, config)
+    real = ~gazing["if_padded_gazing"]
+    assert torch.equal(gazing["gazing_pos"], before)
+    want, got = (colours(v, g["gazing_pos"]).transpose(1, 2)[real] for v, g in ((video, gazing), (new_video, new)))
+    torch.testing.assert_close(got, want)
+    assert len({tuple(v.flatten().tolist()) for v in new_video}) == 4
+
+
 def test_wandb_mirrors_the_metrics(tmp_path, monkeypatch):
     logged = []
     fake = types.SimpleNamespace(init=lambda **about: logged.append(about) or fake,
