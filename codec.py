@@ -19,8 +19,8 @@ def lengths(vectors, h, w):
     """Vectors of one frame of h x w pixels, PyAV's structured array -> (h / 4, w / 4, rounded up) their length in
     pixels in every cell; where several lie (frames predicted from two sides) their mean.
 
-    A block without a vector in a frame that has some is coded afresh, because nothing before resembled it: it counts as
-    moved by half its side. That is a guess, but 0 would pass over exactly what is new."""
+    A block that is coded afresh has no vector and counts as unmoved; to count it as moved by 4 to 16 pixels changed
+    losses in eval.py by less than 3 %, in both directions."""
     total, count = np.zeros((2, -(-h // BLOCK) * BLOCK // CELL, -(-w // BLOCK) * BLOCK // CELL))  # whole macroblocks
     length = np.hypot(vectors["motion_x"], vectors["motion_y"]) / np.maximum(vectors["motion_scale"], 1)
     high, wide = (vectors[k].astype(int) for k in ("h", "w"))
@@ -32,8 +32,7 @@ def lengths(vectors, h, w):
             at = (y + dy)[use], (x + dx)[use]
             np.add.at(total, at, length[use])
             np.add.at(count, at, 1)
-    moved = np.where(count > 0, total / np.maximum(count, 1), BLOCK / 2)
-    return moved[:-(-h // CELL), :-(-w // CELL)]
+    return (total / np.maximum(count, 1))[:-(-h // CELL), :-(-w // CELL)]
 
 
 def read_motion(path, n_frames, size, stride=1):

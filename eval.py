@@ -132,8 +132,9 @@ def ranked_gazing(change, budgets, config):
     side = torch.tensor(config.scale_list).repeat_interleave(torch.tensor(config.ids_per_scale)) / config.scale_list[-1]
     scores = per_patch(change, config) * side.to(change.device)
     frames = [torch.tensor([uniform_order(config)[:budgets[0]]] * len(change))]
-    frames += [scores[:, t].argsort(dim=1, descending=True, stable=True)[:, :n].cpu()
-               for t, n in enumerate(budgets) if t > 0]
+    for t in range(1, len(budgets)):  # where nothing changes, on through the finest scale, evenly spread
+        order = torch.tensor(uniform_order(config)[::-1], device=change.device).roll(-sum(budgets[1:t]))
+        frames.append(order[scores[:, t, order].argsort(dim=1, descending=True, stable=True)[:, :budgets[t]]].cpu())
     return from_lists(frames, scores.shape[2], change.device)
 
 
@@ -211,8 +212,8 @@ def choose(cfg, mae, models, video, moved, budgets, ratios, with_greedy, seed):
         gazings["greedy"] = greedy_gazing(mae, video, budgets)
     for name, gazing in gazings.items():
         assert gazing["num_gazing_each_frame"].tolist() == budgets, f"{name} does not keep the budget"
-    return {name: {k: v.to(video.device) for k, v in gazing.items() if k != "gazing_mask"}
-            for name, gazing in gazings.items()}
+        gazings[name] = {k: v.to(video.device) for k, v in gazing.items() if k != "gazing_mask"}
+    return gazings
 
 
 def batches(cfg, items, config, device, note):
@@ -261,18 +262,16 @@ def measure(cfg, mae, models, items, ratio, device, n_greedy=0, vit=None):
     for name, got in sums.items():
         got = {key: torch.cat(values) for key, values in got.items()}
         loss, detail = got["loss"], got["detail"].sum(0)
-        out[name] = {"loss": loss.mean().item(), "ratio": sum(budgets) / (T * V), "clips": len(loss),
-                     "per_frame": loss.mean(0).tolist(), "psnr": got["psnr"].mean().item(),
-                     "ssim": got["ssim"].mean().item(), "share_per_scale": (detail[:, 0] / detail[:, 0].sum()).tolist(),
-                     "motion": over_mean(*got["motion"].sum(0).tolist()),
-                     "detail_per_scale": [over_mean(*sums) for sums in detail.tolist()]}
-        if vit:
-            out[name]["similarity"] = got["similarity"].mean().item()
+        out[name] = {key: got[key].mean().item() for key in ("loss", "psnr", "ssim", "predicted", "similarity")
+                     if key in got}
+        out[name] |= {"ratio": sum(budgets) / (T * V), "clips": len(loss), "per_frame": loss.mean(0).tolist(),
+                      "share_per_scale": (detail[:, 0] / detail[:, 0].sum()).tolist(),
+                      "motion": over_mean(*got["motion"].sum(0).tolist()),
+                      "detail_per_scale": [over_mean(*scale) for scale in detail.tolist()]}
         if name in models:
             p = got["predicted"]
             correlation = ((p - p.mean()) * (loss - loss.mean())).mean() / (p.std() * loss.std() + 1e-12)
-            out[name] |= {"predicted": p.mean().item(), "predicted_mae": (p - loss).abs().mean().item(),
-                          "predicted_correlation": correlation.item(),
+            out[name] |= {"predicted_mae": (p - loss).abs().mean().item(), "predicted_correlation": correlation.item(),
                           "scatter": torch.stack([p, loss], -1).flatten(0, 1)[:2000].tolist()}
     return out, first, budgets
 
@@ -464,8 +463,8 @@ def main():
         raise ValueError(f"sides={cfg.sides}: must be multiples of {c.image_size}, the input of {cfg.videomae}")
     vit = None
     if cfg.encoder:  # its scales are such that its patches are ours: the ids are the same
-        network = GazeViT.from_pretrained(cfg.encoder, scales="1024")  # any side that holds a patch
-        vit = GazeViT(network.network, [s * network.patch_size // c.patch_size for s in c.scale_list]).to(device).eval()
+        vit = GazeViT.from_pretrained(cfg.encoder, scales="1024")  # any side that holds a patch
+        vit = GazeViT(vit.network, [s * vit.patch_size // c.patch_size for s in c.scale_list]).to(device).eval()
     longest = (cfg.n_frames - 1) * max(strides, default=0) + 1
     at_stride = {v: load(cfg, c.image_size, v, cfg.study_clips, longest)[0] for v in strides}
     items, unreadable = load(cfg, c.image_size, cfg.stride, cfg.max_clips)

@@ -97,6 +97,8 @@ def test_ranked_gazing_takes_what_changes(video):
     frames = ev.ranked_gazing(change, [3, 2, 2, 1], C)
     ids = (frames["gazing_pos"] % 20)[0].split([3, 2, 2, 1])
     assert ids[0].tolist() == ev.uniform_order(C)[:3] and ids[2].tolist() == [10, 1]
+    still = ids[1].tolist() + ids[3].tolist()
+    assert len(set(still)) == 3 and min(still) >= 4, "where nothing changes, other fine patches in every frame"
 
 
 def test_tiles_are_those_of_generate(gaze):
