@@ -170,16 +170,15 @@ def ssim(a, b):
     n = min(11, *a.shape[-2:])
     n -= 1 - n % 2
     w = torch.exp(-(torch.arange(n, device=a.device) - n // 2).square() / (2 * 1.5 ** 2))
-    w = w / w.sum()
+    rows, columns = (torch.stack([F.pad(w / w.sum(), (i, side - n - i)) for i in range(side - n + 1)])
+                     for side in a.shape[-2:])  # as matrices, a row per place of the window: quicker than a convolution
 
     def blur(x):
-        return F.conv2d(F.conv2d(x, w.view(1, 1, n, 1)), w.view(1, 1, 1, n))
-    x, y = (v.reshape(-1, 1, *v.shape[-2:]) for v in (a, b))
-    mx, my = blur(x), blur(y)
-    xx, yy, xy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    similar = (2 * mx * my + 0.01 ** 2) * (2 * xy + 0.03 ** 2)
-    similar = similar / ((mx * mx + my * my + 0.01 ** 2) * (xx + yy + 0.03 ** 2))
-    return similar.mean(dim=(1, 2, 3)).view(*a.shape[:-3], -1).mean(-1)
+        return rows @ x @ columns.mT
+    ma, mb = blur(a), blur(b)
+    aa, bb, ab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+    similar = (2 * ma * mb + 0.01 ** 2) * (2 * ab + 0.03 ** 2)
+    return (similar / ((ma * ma + mb * mb + 0.01 ** 2) * (aa + bb + 0.03 ** 2))).mean(dim=(-3, -2, -1))
 
 
 def under_gazes(gazing, patches, config, first=0):
@@ -406,13 +405,14 @@ def plot_study(key, study, headline, target, out):
             ax.sharey(axes[0])
         curves(ax, study["results"][value], target, f"{axis}: {value}")
     axes[0].legend(fontsize=7)
-    table, what = study["loss"], f"loss at ratio {headline}"
+    table, what, note = study["loss"], f"loss at ratio {headline}", axis
     if target:
-        table, what = study["needed"], f"ratio needed for loss {target:g}; no point: beyond what was measured"
+        table, what = study["needed"], f"ratio needed for loss {target:g}"
+        note = f"{axis}\n(no point: not within what was measured)"
     for name in table[values[0]]:
         numbers = [x if isinstance(x := table[v][name], float) else math.nan for v in values]
         axes[-1].plot(range(len(values)), numbers, marker="o", ms=4, ls="--" if name in UNTRAINED else "-")
-    axes[-1].set(xlabel=axis, title=what, xlim=(-0.3, len(values) - 0.7))
+    axes[-1].set(xlabel=note, title=what, xlim=(-0.3, len(values) - 0.7))
     axes[-1].set_xticks(range(len(values)), values)
     axes[-1].grid(alpha=0.3)
     viz.save_figure(fig, out / f"{key}.png")

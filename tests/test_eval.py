@@ -30,7 +30,7 @@ def test_psnr_by_hand():
 
 def test_ssim_by_hand():
     """Plain pictures have no variance, a picture of window size has one window; and the same picture is 1."""
-    a, b = torch.full((2, 3, 16, 16), 0.2), torch.full((2, 3, 16, 16), 0.6)
+    a, b = torch.full((2, 3, 16, 24), 0.2), torch.full((2, 3, 16, 24), 0.6)
     want = (2 * 0.2 * 0.6 + 1e-4) / (0.2 ** 2 + 0.6 ** 2 + 1e-4)
     assert ev.ssim(a, b).tolist() == pytest.approx([want] * 2, abs=1e-5)
     x, y = torch.rand(2, 1, 3, 11, 11, generator=torch.Generator().manual_seed(0)).double().numpy()
