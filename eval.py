@@ -181,8 +181,8 @@ def ssim(a, b):
     return (similar / ((ma * ma + mb * mb + 0.01 ** 2) * (aa + bb + 0.03 ** 2))).mean(dim=(-3, -2, -1))
 
 
-def under_gazes(gazing, patches, config, first=0):
-    """patches (B, T, V) from per_patch -> (S, 3), of each scale: its gazes in frames >= first, the sum of what lies
+def under_gazes(gazing, patches, config):
+    """patches (B, T, V) from per_patch -> (S, 3), of each scale: its number of gazes, the sum of what lies
     under them, and the sum of the means of the frames they are in. The last two divided: 1 if gazes lie anywhere."""
     n = gazing["num_gazing_each_frame"].to(patches.device)
     frame = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)  # (N,)
@@ -190,7 +190,7 @@ def under_gazes(gazing, patches, config, first=0):
     under = patches.flatten(1).gather(1, gazing["gazing_pos"])
     mean = patches[:, :, -config.ids_per_scale[-1]:].mean(2)[:, frame]  # the finest patches cover the frame once
     edges = torch.tensor([0, *config.ids_per_scale]).cumsum(0).tolist()
-    here = [(ids >= a) & (ids < b) & (frame >= first) for a, b in zip(edges, edges[1:], strict=False)]
+    here = [(ids >= a) & (ids < b) for a, b in zip(edges, edges[1:], strict=False)]
     return torch.stack([torch.stack([h.sum(), under[h].sum(), mean[h].sum()]) for h in here]).double().cpu()
 
 
@@ -247,7 +247,7 @@ def measure(cfg, mae, models, items, ratio, device, n_greedy=0, vit=None):
             recon, loss = mae(video, gazing, range(T))
             shown = denormalize(recon)
             got = {"loss": loss, "psnr": psnr(shown, pixels), "ssim": ssim(shown, pixels),  # (B, T) each
-                   "motion": under_gazes(gazing, motion, c, first=1).sum(0, keepdim=True),
+                   "motion": under_gazes(gazing, motion, c).sum(0, keepdim=True),
                    "detail": under_gazes(gazing, detail, c).unsqueeze(0)}
             if name in models:
                 got["predicted"] = models[name](video, gazing)[1].gather(1, common.last_slots(gazing))
@@ -319,7 +319,7 @@ def print_table(table, ratio, config):
           f"{'gap closed':>12}{'PSNR dB':>8}{'SSIM':>8}{'motion':>8}{scales}{scales}")
     for name, row in table.items():
         numbers = [f"{gap_closed(table, name):>10.0f} %" if "greedy" in table else f"{'-':>12}", f"{row['psnr']:>8.2f}",
-                   f"{row['ssim']:>8.3f}", f"{row['motion'] or math.nan:>8.2f}",
+                   f"{row['ssim']:>8.3f}", f"{row['motion']:>8.2f}",
                    *(f"{100 * s:>8.0f}" for s in row["share_per_scale"]),
                    *(f"{'-':>8}" if d is None else f"{d:>8.2f}" for d in row["detail_per_scale"])]
         print(f"{name:<16}" + "".join(numbers))
@@ -365,7 +365,7 @@ def plot(results, config, target, out):
 
     fig, axes = viz.plt.subplots(1, 2, figsize=(11, 3.8), layout="tight")
     at, scales = torch.arange(len(table)), config.scale_list
-    axes[0].bar(at, [row["motion"] or 0 for row in table.values()], color="#888888")
+    axes[0].bar(at, [row["motion"] for row in table.values()], color="#888888")
     axes[0].set(title="motion under gazes, from the second frame on", ylabel="times the mean of the frame")
     for s, side in enumerate(scales):
         heights = [row["detail_per_scale"][s] or 0 for row in table.values()]

@@ -69,12 +69,12 @@ def test_motion_and_detail_under_gazes():
     motion = ev.per_patch(ev.changes(video), C)
 
     def score(ids):
-        return ev.over_mean(*ev.under_gazes(gazing_of(ids), motion, C, first=1).sum(0).tolist())
+        return ev.over_mean(*ev.under_gazes(gazing_of(ids), motion, C).sum(0).tolist())
     assert score([[0], [10], [10]]) == pytest.approx(16), "one of 16 patches has all of it"
     assert score([[10], [1], [1]]) == pytest.approx(4)
     assert score([[10], [10, 4], [5]]) == pytest.approx(16 / 3) and score([[10], [4], [5]]) == 0
     still = torch.zeros_like(motion)
-    assert ev.over_mean(*ev.under_gazes(gazing_of([[0], [1], [2]]), still, C, first=1).sum(0).tolist()) == 1
+    assert ev.over_mean(*ev.under_gazes(gazing_of([[0], [1], [2]]), still, C).sum(0).tolist()) == 1
 
     sums = ev.under_gazes(gazing_of([[0], [10, 3], [5]]), ev.per_patch(ev.details(video), C), C)
     assert sums[:, 0].tolist() == [2, 2]
@@ -87,7 +87,7 @@ def test_random_gazes_of_noise_score_one():
     video = normal_video(64, 3)
     gazing = ev.common.random_gazing([5, 5, 5], 64, 20, torch.Generator().manual_seed(0))
     for x in (ev.changes(video), ev.details(video)):
-        sums = ev.under_gazes(gazing, ev.per_patch(x, C), C, first=1)
+        sums = ev.under_gazes(gazing, ev.per_patch(x, C), C)
         assert [ev.over_mean(*row) for row in sums.tolist()] == pytest.approx([1, 1], abs=0.02)
 
 
