@@ -1,4 +1,4 @@
-# NTP on the toy set: a gaze model of 0.2 M parameters. Two CPU cores, about two minutes.
+# NTP on the toy set: a gaze model of 0.2 M parameters. Two CPU cores, about three minutes.
 root = "data/toy"
 labels = "out/toy/gazing_labels.json"
 videomae = "out/toy/videomae"
