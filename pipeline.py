@@ -26,7 +26,8 @@ class Config:
     n_train: int = 4000                # generated training clips
     n_val: int = 200                   # generated clips that are held out
     cut: str = "--n_frames=4 --stride=2"  # how to cut windows from `videos`
-    ntp_args: str = ""                 # more settings of this stage, as on its command line: "--steps=200 --lr=1e-3"
+    videomae_args: str = ""            # more settings of this stage, as on its command line: "--steps=200 --lr=1e-3"
+    ntp_args: str = ""
     grpo_args: str = ""                # of both GRPO runs
     label_clips: int = 3000            # training clips that get labels
     ratio: float = 0.251               # gazing ratio at which the methods are compared
@@ -84,7 +85,7 @@ def main():
         stage("data", script("make_data.py", "toy", f"--out={data}", f"--n_train={cfg.n_train}", f"--n_val={cfg.n_val}",
                              f"--n_frames={cfg.n_frames}", f"--seed={cfg.seed}", f"--n_workers={n}"))
     stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *common,
-                             f"--out_dir={out}/videomae", n=n))
+                             f"--out_dir={out}/videomae", *cfg.videomae_args.split(), n=n))
     stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}",
                            f"--max_clips={cfg.label_clips}", n=n))
     ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}",
