@@ -138,7 +138,7 @@ def count_frames(path):
             stream = video_stream(container, path)
             return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path}: cannot be read as a video ({error})") from error
+        raise VideoError(f"{path}: cannot be read as a video: it is none, or was cut off ({error})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def read_file(path, wanted, view):
 
 def load_models(cfg, device):
     if not Path(cfg.ckpt).exists() and not is_hub_id(cfg.ckpt):
-        raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such folder; train_ntp.py and train_grpo.py write one")
+        raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such folder; `make toy` and train_grpo.py write one")
     gaze = Gaze.from_pretrained(cfg.ckpt).to(device).eval()
     if cfg.videomae is None:
         return gaze, None

@@ -46,6 +46,9 @@ def folder(tmp_path_factory):
     write(folder / "odd.mp4", 10, 51, 75)
     write(folder / "one.mp4", 1, 75, 51)
     (folder / "text.mp4").write_text("not a video")
+    for name, cut in (("model", "cut"), ("mae", "cut_mae")):
+        shutil.copytree(folder / name, folder / cut)
+        os.truncate(folder / cut / "model.safetensors", 1000)
     return folder
 
 
@@ -171,6 +174,9 @@ def test_turned_phone_video(folder):
 @pytest.mark.parametrize("args, message", [
     ("--video=DIR/none.mp4", "none.mp4: no such file"),
     ("--video=DIR/text.mp4", "text.mp4: cannot be read as a video"),
+    ("--video=DIR/model", "model: a folder, not a file"),
+    ("--video=DIR/odd.mp4 --ckpt=DIR/cut", "model.safetensors is cut off"),
+    ("--video=DIR/odd.mp4 --ckpt=DIR/model --videomae=DIR/cut_mae", "model.safetensors is cut off"),
     ("--video=DIR/odd.mp4 --ckpt=DIR/none", "none: no such folder"),
     ("--video=DIR/odd.mp4 --ckpt=DIR/model --videomae=DIR/none", "none: no VideoMAE weights"),
     ("--video=DIR/odd.mp4 --ckpt=DIR/model --videomae=DIR/other", "is for scales 8+32"),
