@@ -179,7 +179,7 @@ def resize_crop(frames, size, crop="center", generator=None):
 def normalize(x):
     """Pixels 0..255 (uint8 or float, (..., 3, H, W)) -> float32 as the models expect them, on x's device."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (x.float() / 127.5 - 1 - mean) / std
+    return (x.float() / 127.5).sub_(1).sub_(mean).div_(std)  # in place: frames in tiles are large
 
 
 def denormalize(x):

@@ -355,6 +355,8 @@ def main():
                              "counted from 0")
         print(f"{cfg.video}: {size[1]}x{size[0]}{', stored turned' if turns else ''}, {float(rate):.4g} fps; "
               f"{len(wanted)} of {n_source} frames = {n_chunks} chunks of up to {T}; {view}")
+        if cfg.max_frames is None and len(wanted) == 128 and wanted[-1] + 1 < n_source and not cfg.duration:
+            print("note: only 128 frames, the default; --max_frames=0 looks at all, --duration=10 at 10 seconds")
     print(f"{cfg.ckpt}: {model.describe(c)}; {device}")
 
     def interrupted(*_):

@@ -159,4 +159,4 @@ class View:
         if self.inside is None:
             return x
         inside = self.inside[which].to(x.device)
-        return x * (inside if x.dim() == 4 else inside[:, None])
+        return x.mul_(inside if x.dim() == 4 else inside[:, None])

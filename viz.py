@@ -163,7 +163,8 @@ def paint(view, config, texts, sharp, tiles, masks, recon):
     whole = rearrange(tiles, "(i j) c h w -> 1 c (i h) (j w)", i=view.rows)
     for s, (n, g, grid, mask) in enumerate(zip(config.scale_list, view.per_tile, view.grids, masks, strict=True)):
         size = view.rows * n, view.columns * n
-        seen = enlarge(F.interpolate(whole, size, mode="bicubic", align_corners=False)[0], view)
+        small = whole if whole.shape[2:] == size else F.interpolate(whole, size, mode="bicubic", align_corners=False)
+        seen = enlarge(small[0], view)
         (y, y_line), (x, x_line) = (lattice(view, g, length) for length in view.panel)
         gazed = mask.view(grid).bool().numpy()[np.ix_(y, x)]
         color = [int(COLORS[s % len(COLORS)][i:i + 2], 16) for i in (1, 3, 5)]
