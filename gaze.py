@@ -8,7 +8,8 @@
 Takes the centre square of the picture, or with --scale the whole picture, resized by it and laid out in tiles of the
 model's input size, the last ones padded with zeros. Cuts the video into chunks as long as the model's training clips
 (each starts afresh), and writes into the folder --out:
-    overlay.mp4   side by side: video, gazed patches of every scale at its resolution, reconstruction (with --videomae)
+    overlay.mp4   side by side: video, gazed patches of every scale at its resolution, reconstruction (with --videomae);
+                  above: number of the source frame, its time by the average frame rate, how much is gazed
     sheet.png     one chunk, frame by frame; with --scale and live the overlay's frames of that chunk, one below another
     gaze.json     in numbers: settings, ratio, gazes per frame, share per scale, seconds per stage or (live) latency
     gaze.npz      the whole video as one gaze of B = 1, see model.py: gazing_pos (1, N) = patch id + V * frame, without
@@ -84,7 +85,7 @@ class Config:
     # output
     sheet_chunk: int = 0               # which chunk sheet.png shows
     # run
-    batch_size: int = 4                # chunks, with scale tiles, in the model at once: lower it if memory is short
+    batch_size: int = 4                # chunks, with scale tiles, at once in the model: small ones are faster with more
     device: str = "auto"               # auto | cpu | cuda
 
     def check(self):
