@@ -32,6 +32,9 @@ def init_processes(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device=cuda: torch sees no GPU here (nvidia-smi, and a CUDA build of torch?): "
+                             "give --device=cpu")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if world > 1:

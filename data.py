@@ -18,6 +18,7 @@ import os
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import dropwhile
 from pathlib import Path
 
 import av
@@ -52,13 +53,38 @@ def quarter_turns(frame):
     return round(getattr(frame, "rotation", 0) / 90) % 4
 
 
-def decode(path, wanted):
+def keyframe_before(path, first):
+    """(i, pts of frames i to `first`), i being the last keyframe up to frame number `first`: packets are read up to
+    there, not decoded. (0, []) if they do not tell."""
+    pts, keys = [], []
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = video_stream(container, path)
+            if stream.codec_context.name == "vp8":  # has packets that are no frame of the film
+                return 0, []
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    pts.append(packet.pts)
+                    keys += [packet.pts] if packet.is_keyframe else []
+                if len(pts) > first + 64:  # packets come in decoding order, which differs by fewer frames
+                    break
+    except (av.FFmpegError, OSError, ValueError):
+        return 0, []  # decoding names the reason
+    if len(pts) <= first or None in pts or len(set(pts)) < len(pts) or keys[:1] != pts[:1] or min(pts) < pts[0]:
+        return 0, []  # too short, no time stamps, or the first frames cannot be decoded
+    pts.sort()
+    i = pts.index(max(key for key in keys if key <= pts[first]))
+    return i, pts[i:first + 1]
+
+
+def decode(path, wanted, skip=True):
     """Yield (i, (H, W, 3) uint8 array) for the frame indices i in `wanted` (range or set), in decoding order.
 
     Frames come upright: a display matrix (phone videos) is applied to quarter turns, mirrored ones stay as stored.
-    Reads from the start of the file, no further than the last wanted frame. A file that ends or breaks earlier just
-    ends the iteration; if it ends before the first wanted frame, its last frame is yielded. No frame: VideoError.
-    Every frame has the size of the first one yielded, also when the stream changes size in between.
+    Decodes from the last keyframe before the first wanted frame, where the file does not tell it (or skip=False) from
+    the start, to the last wanted frame. A file that ends or breaks earlier just ends the iteration; if it ends before
+    the first wanted frame, its last frame is yielded. No frame: VideoError. Every frame has the size of the first one
+    yielded, also when the stream changes size in between.
     """
     reformatter = VideoReformatter()  # one for all frames: each would set up its own colour conversion otherwise
 
@@ -70,11 +96,15 @@ def decode(path, wanted):
             raise VideoError(f"{path}: its {frame.format.name} frames cannot be turned into RGB ({error})") from error
 
     frame, size, last, reason = None, {}, max(wanted), "not one frame in its video stream"
+    start, pts = keyframe_before(path, min(wanted)) if skip and min(wanted) else (0, [])
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             stream = video_stream(container, path)
             stream.codec_context.thread_count = 1  # threads cost more than they save here, and workers are many
-            for i, frame in enumerate(container.decode(stream)):
+            packets = dropwhile(lambda packet: pts and packet.pts != pts[0], container.demux(stream))
+            for i, frame in enumerate((frame for packet in packets for frame in packet.decode()), start):
+                if i < start + len(pts) and frame.pts != pts[i - start]:
+                    break
                 if i in wanted:
                     size = size or {"width": frame.width, "height": frame.height}
                     yield i, to_rgb(frame, **size)
@@ -82,6 +112,9 @@ def decode(path, wanted):
                     return
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = error
+    if pts and not size:  # the packets promised another frame than decoding gave, e.g. two hold one
+        yield from decode(path, wanted, skip=False)
+        return
     if frame is None:
         raise VideoError(f"{path}: cannot be decoded as a video ({reason})")
     if not size:
@@ -105,7 +138,7 @@ def count_frames(path):
             stream = video_stream(container, path)
             return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path}: cannot be read as a video ({error})") from error
+        raise VideoError(f"{path}: cannot be read as a video: it is none, or was cut off ({error})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +179,7 @@ def resize_crop(frames, size, crop="center", generator=None):
 def normalize(x):
     """Pixels 0..255 (uint8 or float, (..., 3, H, W)) -> float32 as the models expect them, on x's device."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (x.float() / 127.5 - 1 - mean) / std
+    return (x.float() / 127.5).sub_(1).sub_(mean).div_(std)  # in place: frames in tiles are large
 
 
 def denormalize(x):

@@ -8,8 +8,10 @@
 Takes the centre square of the picture, or with --scale the whole picture, resized by it and laid out in tiles of the
 model's input size, the last ones padded with zeros. Cuts the video into chunks as long as the model's training clips
 (each starts afresh), and writes into the folder --out:
-    overlay.mp4   side by side: video, gazed patches of every scale at its resolution, reconstruction (with --videomae)
+    overlay.mp4   side by side: video, gazed patches of every scale at its resolution, reconstruction (with --videomae);
+                  above: number of the source frame, its time by the average frame rate, how much is gazed
     sheet.png     one chunk, frame by frame; with --scale and live the overlay's frames of that chunk, one below another
+    gaze.json     in numbers: settings, ratio, gazes per frame, share per scale, seconds per stage or (live) latency
     gaze.npz      the whole video as one gaze of B = 1, see model.py: gazing_pos (1, N) = patch id + V * frame, without
                   padded slots; if_padded_gazing (1, N); num_gazing_each_frame (T,). And what leads back to the source:
                   scales, patch_size, source_frame (T,), source_size (height, width), crop (top, left, side): of a scale
@@ -17,13 +19,13 @@ model's input size, the last ones padded with zeros. Cuts the video into chunks 
                   With --scale `side` is a tile's, ids of a frame ascend, and grids (S, 2) are the rows and columns of
                   patches that a whole frame has at each scale: V is the sum of their products. Patches that lie in the
                   padding are gone, those that reach into it are kept, so that no pixel is out of reach.
-    gaze.json     with --json=true: settings, ratio, gazes per frame, share per scale, times
+                  With --videomae also loss (T,), of each frame's reconstruction.
 
 In memory are the frames of one batch of chunks (with many tiles of one chunk) and what the model needs for
---batch_size tiles; gazes go to disk as they come, so a video may be long. --start decodes what it skips. Phone videos
-that are stored turned are set upright; sizes and crop are of the upright picture. The square is cut before resizing, to
-have whole source pixels, while training resizes first: unless a video is square, the model's pixels are shifted by up
-to one against data.Clips.
+--batch_size tiles; gazes go to disk as they come, so a video may be long. Decoding begins at the keyframe before
+--start. Phone videos that are stored turned are set upright; sizes and crop are of the upright picture. The square is
+cut before resizing, to have whole source pixels, while training resizes first: unless a video is square, the model's
+pixels are shifted by up to one against data.Clips.
 
 Live: every frame is gazed at when it comes, until the stream ends, q and Enter, or Ctrl-C; the files are then complete.
 After max_num_frames frames a new stream begins, which remembers nothing, as each chunk of a file does: the model was
@@ -34,11 +36,13 @@ model is slower than a pipe, its writer waits; a camera's driver drops frames it
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -80,9 +84,8 @@ class Config:
     max_frames: int | None = None      # 0: all to the end; none: 128, or all when live or with a duration
     # output
     sheet_chunk: int = 0               # which chunk sheet.png shows
-    json: bool = False                 # also write gaze.json
     # run
-    batch_size: int = 4                # chunks, with scale tiles, in the model at once: lower it if memory is short
+    batch_size: int = 4                # chunks, with scale tiles, at once in the model: small ones are faster with more
     device: str = "auto"               # auto | cpu | cuda
 
     def check(self):
@@ -126,7 +129,7 @@ def read_file(path, wanted, view):
 
 def load_models(cfg, device):
     if not Path(cfg.ckpt).exists() and not is_hub_id(cfg.ckpt):
-        raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such folder; train_ntp.py and train_grpo.py write one")
+        raise FileNotFoundError(f"ckpt={cfg.ckpt}: no such folder; `make toy` and train_grpo.py write one")
     gaze = Gaze.from_pretrained(cfg.ckpt).to(device).eval()
     if cfg.videomae is None:
         return gaze, None
@@ -146,43 +149,52 @@ class Output:
 
     def __init__(self, cfg, c, view, rate, reconstruction):
         self.out = out = Path(cfg.out or f"out/gaze/{Path(cfg.video).stem}")
-        self.c, self.view, self.V = c, view, sum(view.n_ids)
+        self.c, self.view, self.rate, self.V = c, view, rate, sum(view.n_ids)
         out.mkdir(parents=True, exist_ok=True)
-        self.canvas = viz.make_canvas(c, view.panel, reconstruction)
         self.container = av.open(str(out / ".overlay.mp4"), "w", format="mp4")
         fps = Fraction(cfg.fps or rate / (cfg.stride or 1)).limit_denominator(10_000)
         self.stream = self.container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "18"})
-        self.stream.height, self.stream.width, self.stream.pix_fmt = *self.canvas.shape[:2], "yuv420p"
+        size = viz.frame_size(1 + len(view.n_ids) + reconstruction, view.panel)
+        self.stream.height, self.stream.width, self.stream.pix_fmt = *size, "yuv420p"
         self.spool = {name: tempfile.TemporaryFile(dir=out)
                       for name in ("gazing_pos", "num_gazing_each_frame", "source_frame")}
         self.n, self.last, self.per_scale, self.fewest, self.most = 0, None, np.zeros(len(view.n_ids)), math.inf, 0
 
-    def add(self, i, sharp, tiles, ids, masks, recon=None):
-        """The next frame: its index i in the source, its gazes (n,) counted within the frame; the rest as in paint.
-        Returns its picture."""
+    def add(self, i, sharp, tiles, ids, masks, recon=None, loss=None):
+        """The next frame: its index i in the source, its gazes (n,) counted within the frame, the loss of its
+        reconstruction; the rest as in paint. Returns its picture."""
         for name, values in zip(self.spool, (ids.numpy() + self.V * self.n, len(ids), i), strict=True):
             self.spool[name].write(np.asarray(values, dtype=np.int64).tobytes())
         self.n, self.last = self.n + 1, i
         self.per_scale += [int(mask.sum()) for mask in masks]
         self.fewest, self.most = min(self.fewest, len(ids)), max(self.most, len(ids))
-        frame = viz.paint(self.canvas, self.view, self.c, sharp, tiles, masks, recon)
+        texts = viz.labels(self.c, masks, i, float(i / self.rate), loss)
+        frame = viz.paint(self.view, self.c, texts, sharp, tiles, masks, recon)
         self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         return frame
 
-    def close(self):
-        """Complete overlay and npz; what they hold in numbers."""
+    def close(self, losses):
+        """Complete overlay and npz; what they hold in numbers. losses: of the frames' reconstructions, or none."""
         self.container.mux(self.stream.encode())
         self.container.close()
         os.replace(self.out / ".overlay.mp4", self.out / "overlay.mp4")
-        total, arrays = int(self.per_scale.sum()), {}
-        for name, file in self.spool.items():
-            file.flush()
-            arrays[name] = np.memmap(file, np.int64, "r") if file.tell() else np.zeros(0, np.int64)
-        arrays["gazing_pos"] = arrays["gazing_pos"][None]
-        more = {"grids": self.view.grids} if self.view.tiling else {}
-        np.savez(self.out / "gaze.npz", **arrays, if_padded_gazing=np.zeros((1, total), bool), scales=self.c.scales,
-                 patch_size=self.c.patch_size, source_size=self.view.source_size, crop=self.view.crop, **more)
-        return {"frames": self.n, "ratio": total / (self.n * self.V),
+        total = int(self.per_scale.sum())
+        small = dict(scales=self.c.scales, patch_size=self.c.patch_size, source_size=self.view.source_size,
+                     crop=self.view.crop, if_padded_gazing=np.broadcast_to(False, (1, total)))
+        small |= ({"grids": self.view.grids} if self.view.tiling else {}) | ({"loss": losses} if losses else {})
+        with zipfile.ZipFile(self.out / "gaze.npz", "w") as npz:  # what np.savez does, without arrays in memory
+            for name, values in small.items():
+                with npz.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(values))
+            for name, file in self.spool.items():
+                shape = (1, total) if name == "gazing_pos" else (self.n,)
+                with npz.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(
+                        member, {"descr": "<i8", "fortran_order": False, "shape": shape})
+                    file.seek(0)
+                    shutil.copyfileobj(file, member, 1 << 20)
+        return {"source_size": self.view.source_size, "source_fps": float(self.rate), "frames": self.n,
+                "ratio": total / (self.n * self.V),
                 "gazes_per_frame": {"mean": total / self.n, "min": self.fewest, "max": self.most},
                 "share_per_scale": {str(side): float(n / max(total, 1)) for side, n in
                                     zip(self.c.scale_list, self.per_scale, strict=True)}}
@@ -193,8 +205,8 @@ class Output:
 
 def select_chunks(gaze, cfg, view, chunks, device):
     """chunks: lists of up to T frames (i, tiles, picture) -> the model's input (of the last tiles), the gaze dict of
-    the B whole clips, filled up to T frames."""
-    T, masks = gaze.config.max_num_frames, []
+    the B whole clips, filled up to the length of the first."""
+    T, masks = len(chunks[0]), []
     full = [chunk + chunk[-1:] * (T - len(chunk)) for chunk in chunks]  # the gazes of the fill are dropped later
     rows = [(b, j) for b in range(len(chunks)) for j in range(view.n_tiles)]
     for at in range(0, len(rows), cfg.batch_size):
@@ -222,14 +234,15 @@ def run_file(cfg, view, wanted, gaze, mae, output, device, stop):
             video, gazing = select_chunks(gaze, cfg, view, chunks, device)
             masks = [m.cpu() for m in gazing["gazing_mask"]]  # waits for the device: the clock is right
             clock.append(time.perf_counter())
-            recon, loss = (x.cpu() for x in mae(video, gazing, range(T))) if mae else (None, None)
+            recon, loss = (x.cpu() for x in mae(video, gazing, range(video.shape[1]))) if mae else (None, None)
             clock.append(time.perf_counter())
             for b, chunk in enumerate(chunks):
                 shown, pictures, one = output.n == cfg.sheet_chunk * T, [], one_clip(gazing, b)
                 losses += loss[b, :len(chunk)].tolist() if mae else []
                 for t, ((i, tiles, sharp), (pos, padded)) in enumerate(zip(chunk, model.split_frames(one))):  # noqa: B905
                     pictures.append(output.add(i, sharp, view.normalize(tiles), pos[~padded] - V * t,
-                                               [m[b, t] for m in masks], recon[b, t] if mae else None))
+                                               [m[b, t] for m in masks],
+                                               *((recon[b, t], float(loss[b, t])) if mae else ())))
                     pictures = pictures if shown else []
                 if shown and view.tiling:
                     sheet = pictures
@@ -292,7 +305,7 @@ def run_live(cfg, gaze, device, stop):
 
 def report(cfg, c, output, times, losses, sheet, wanted=(), stopped=False):
     """Complete the files and print what they hold. times: seconds per stage, or (live) ms per frame."""
-    numbers = output.close()
+    numbers = output.close(losses)
     n, gazes, share = numbers["frames"], numbers["gazes_per_frame"], numbers["share_per_scale"]
     if isinstance(sheet, dict):
         viz.sheet(output.out / "sheet.png", **sheet)
@@ -305,6 +318,7 @@ def report(cfg, c, output, times, losses, sheet, wanted=(), stopped=False):
           f"min {gazes['min']}, max {gazes['max']}; "
           + ", ".join(f"scale {side} px {100 * p:.1f} %" for side, p in share.items())
           + (f"; reconstruction loss {np.mean(losses):.4f}" if losses else ""))
+    numbers |= {"reconstruction_loss": float(np.mean(losses))} if losses else {}
     if isinstance(times, dict):
         numbers["seconds"] = times
         print(f"{1000 * sum(times.values()) / n:.1f} ms per frame: "
@@ -313,10 +327,9 @@ def report(cfg, c, output, times, losses, sheet, wanted=(), stopped=False):
         numbers["latency_ms"] = {f"{p} %": float(np.percentile(times, p)) for p in (50, 90, 99, 100)}
         print("ms from frame to gaze, with the wait for the frame before: "
               + ", ".join(f"{k} {v:.1f}" for k, v in numbers["latency_ms"].items()))
-    if cfg.json:
-        text = json.dumps({"settings": asdict(cfg), "model": model.describe(c), **numbers}, indent=1)
-        (output.out / "gaze.json").write_text(text + "\n")
-    names = ("overlay.mp4", "sheet.png", "gaze.npz") + ("gaze.json",) * cfg.json
+    text = json.dumps({"settings": asdict(cfg), "model": model.describe(c), **numbers}, indent=1)
+    (output.out / "gaze.json").write_text(text + "\n")
+    names = ("overlay.mp4", "sheet.png", "gaze.json", "gaze.npz")
     print("\n".join(str(output.out / name) for name in names if (output.out / name).exists()))
 
 
@@ -343,6 +356,8 @@ def main():
                              "counted from 0")
         print(f"{cfg.video}: {size[1]}x{size[0]}{', stored turned' if turns else ''}, {float(rate):.4g} fps; "
               f"{len(wanted)} of {n_source} frames = {n_chunks} chunks of up to {T}; {view}")
+        if cfg.max_frames is None and len(wanted) == 128 and wanted[-1] + 1 < n_source and not cfg.duration:
+            print("note: only 128 frames, the default; --max_frames=0 looks at all, --duration=10 at 10 seconds")
     print(f"{cfg.ckpt}: {model.describe(c)}; {device}")
 
     def interrupted(*_):

@@ -347,10 +347,9 @@ class Gaze(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
-        from safetensors.torch import load_file
         gaze = cls(GazeConfig.from_file(folder / "config.json"))
         file = folder / "model.safetensors"
-        assign(gaze, load_file(file), f"{file} and its config.json", published_name)
+        assign(gaze, load_tensors(file), f"{file} and its config.json", published_name)
         return gaze
 
     def save_pretrained(self, folder):
@@ -780,6 +779,16 @@ class GazeStream:
         if self.reference and logits.shape[-1] > 50:  # the published code samples through its library's top-50 filter
             logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], float("-inf"))
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
+
+
+def load_tensors(file):
+    """{name: tensor} of a safetensors file, mapped, not read: memory holds what gets used, once."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut off or no safetensors file: copy it again ({error})") from error
 
 
 def assign(module, tensors, source, name=lambda n: n):

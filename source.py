@@ -22,7 +22,8 @@ def probe(path):
     """Number of frames, frames per second (a Fraction), anticlockwise quarter turns that set the picture upright, and
     its upright (height, width). Raises FileNotFoundError, VideoError."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"video={path}: no such file (looked from {os.getcwd()})")
+        what = "a folder, not a file" if Path(path).is_dir() else f"no such file (looked from {os.getcwd()})"
+        raise FileNotFoundError(f"video={path}: {what}")
     n_frames = count_frames(path)
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
@@ -158,4 +159,4 @@ class View:
         if self.inside is None:
             return x
         inside = self.inside[which].to(x.device)
-        return x * (inside if x.dim() == 4 else inside[:, None])
+        return x.mul_(inside if x.dim() == 4 else inside[:, None])

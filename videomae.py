@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from data import IMAGE_MEAN, IMAGE_STD
-from model import announce, assign, download, is_hub_id
+from model import announce, assign, download, is_hub_id, load_tensors
 
 WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
 # Parameters that a plain ViTMAE lacks; taken as start weights they are drawn anew.
@@ -241,8 +241,7 @@ class Decoder(nn.Module):
 def read_tensors(path):
     """{name: tensor} of a state-dict file. The file is mapped, not read: memory holds what gets used, once."""
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
+        return load_tensors(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # before 1.6: no zip
 
 

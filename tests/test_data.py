@@ -126,6 +126,48 @@ def write_as(path, frames, codec, pix_fmt, flags=0, pts=None, **options):
 INTERLACED = 0x40000 | 0x20000000  # AV_CODEC_FLAG_INTERLACED_DCT and _ME
 
 
+X264 = "keyint=20:scenecut=0:bframes=3"
+
+
+@pytest.mark.parametrize("name, codec, options, vary, skips", [
+    ("b.mp4", "libx264", {"x264-params": X264}, False, True),
+    ("open.ts", "libx264", {"x264-params": X264 + ":open-gop=1"}, False, True),
+    ("vary.mkv", "libx264", {"x264-params": X264}, True, True),
+    ("no_index.mkv", "libx264", {"x264-params": X264}, False, True),
+    ("refresh.mp4", "libx264", {"x264-params": "keyint=20:intra-refresh=1"}, False, True),  # has no real keyframes
+    ("old.avi", "mpeg4", {"g": "20", "bf": "2"}, False, True),
+    ("raw.h264", "libx264", {"x264-params": X264}, False, False),  # no time stamps
+    ("new.webm", "libvpx-vp9", {"g": "20", "deadline": "realtime", "cpu-used": "8"}, False, True),
+    ("cut.ts", "mpeg2video", {"g": "20", "bf": "2"}, False, False),
+])
+def test_skipping_to_the_keyframe(tmp_path, name, codec, options, vary, skips):
+    """Frames are those that decoding from the start gives, bit for bit, also with frames out of order in the file."""
+    rng, path = np.random.default_rng(0), str(tmp_path / name)
+    noise = rng.integers(0, 256, (72, 64), dtype=np.uint8)
+    form = {"ts": "mpegts", "h264": "h264"}.get(name.split(".")[1])
+    with av.open(path, "w", format=form, options={"live": "1"} if name == "no_index.mkv" else {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000 if vary else 25)
+        pts = 0
+        for t in range(75):
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, 3 * t, axis=1), format="yuv420p")
+            frame.pts, frame.time_base = pts, Fraction(1, 1000 if vary else 25)
+            pts += int(rng.integers(5, 90)) if vary else 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    if name == "cut.ts":
+        Path(path).write_bytes(Path(path).read_bytes()[188 * 40:])
+    want = dict(data.decode(path, range(75), skip=False))
+    assert len({image.tobytes() for image in want.values()}) == len(want) > 50
+    assert (data.keyframe_before(path, 50)[0] > 0) == skips
+    for first in (1, 19, 20, 21, 38, 39, 40, 41, 50, len(want) - 1, 90):
+        wanted = {first, first + 2}
+        got = list(data.decode(path, wanted))
+        assert [i for i, _ in got] == [i for i, _ in data.decode(path, wanted, skip=False)] and got
+        assert all(np.array_equal(image, want[i]) for i, image in got)
+
+
 @pytest.mark.parametrize("name, codec, pix_fmt, more", [
     ("10 bit.mp4", "libx264", "yuv420p10le", {}), ("grey.mp4", "libx264", "gray", {}),
     ("interlaced.mkv", "libx264", "yuv420p", {"flags": INTERLACED, "x264-params": "tff=1"}),

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import gaze
+import viz
 from data import VIDEO_SUFFIXES, VideoError, normalize, read_frames
 from model import Gaze, GazeConfig
 from videomae import VideoMAE, VideoMAEConfig
@@ -45,6 +46,9 @@ def folder(tmp_path_factory):
     write(folder / "odd.mp4", 10, 51, 75)
     write(folder / "one.mp4", 1, 75, 51)
     (folder / "text.mp4").write_text("not a video")
+    for name, cut in (("model", "cut"), ("mae", "cut_mae")):
+        shutil.copytree(folder / name, folder / cut)
+        os.truncate(folder / cut / "model.safetensors", 1000)
     return folder
 
 
@@ -81,7 +85,7 @@ def look(folder, video, *args, as_script=False):
         with mock.patch("sys.argv", ["gaze.py", "--device=cpu", *args]), contextlib.redirect_stdout(text):
             gaze.main()
     assert (out / "sheet.png").stat().st_size > 1000
-    assert sorted(os.listdir(out)) == ["gaze.json"] * ("--json=true" in args) + ["gaze.npz", "overlay.mp4", "sheet.png"]
+    assert sorted(os.listdir(out)) == ["gaze.json", "gaze.npz", "overlay.mp4", "sheet.png"]
     with av.open(str(out / "overlay.mp4")) as container:
         frames = [f.to_ndarray(format="rgb24").astype(int) for f in container.decode(video=0)]
     return dict(np.load(out / "gaze.npz")), frames, text.getvalue()
@@ -104,7 +108,10 @@ def test_video_with_reconstruction(folder):
     check(npz, frames, n=10, panels=4)
     assert npz["source_frame"].tolist() == list(range(10)) and (npz["num_gazing_each_frame"] == V).all()
     assert npz["crop"].tolist() == [0, 12, 51] and npz["source_size"].tolist() == [51, 75]
-    assert "reconstruction loss" in text and "ratio 1.0000" in text and "10 of 10 frames = 3 chunks" in text
+    assert "ratio 1.0000" in text and "10 of 10 frames = 3 chunks" in text
+    numbers = json.loads((folder / "out/odd/gaze.json").read_text())
+    assert npz["loss"].shape == (10,) and numbers["reconstruction_loss"] == pytest.approx(npz["loss"].mean())
+    assert f"reconstruction loss {npz['loss'].mean():.4f}" in text
     # all panels show the bright square in the same place: at ratio 1 every patch is gazed
     for panel in range(3):
         x = panel * (PANEL + GAP)
@@ -124,6 +131,24 @@ def test_part_of_a_video(folder):
     assert "reconstruction loss" not in text
     with av.open(str(folder / "out/odd/overlay.mp4")) as container:
         assert container.streams.video[0].average_rate == 2.5
+
+
+def test_labels_say_what_is_shown(folder, monkeypatch):
+    texts, paint = [], viz.paint
+    monkeypatch.setattr(viz, "paint", lambda view, c, text, *rest: texts.append(text) or paint(view, c, text, *rest))
+    npz, frames, _ = look(folder, "odd.mp4", "--start=0.5", "--max_frames=6")
+    coarse = [int(((pos := npz["gazing_pos"][0] - V * t) >= 0)[pos < 4].sum()) for t in range(6)]
+    assert texts == [[f"frame {4 + t}  {0.5 + t / 8:.2f} s  20.0 % gazed", f"scale 16 px: {n} of 4",
+                      f"scale 32 px: {4 - n} of 16"] for t, n in enumerate(coarse)]
+    for a, b in zip(frames, frames[1:], strict=False):
+        assert abs(a - b)[:STRIP, :PANEL].max() > 50 and a[:STRIP, PANEL + GAP:].max() > 200  # drawn, and anew
+
+
+def test_a_short_chunk_is_not_filled_up(folder, monkeypatch):
+    lengths, embed = [], Gaze.embed
+    monkeypatch.setattr(Gaze, "embed", lambda self, x, *past: lengths.append(x.shape[1]) or embed(self, x, *past))
+    look(folder, "odd.mp4", "--batch_size=1")
+    assert lengths == [4, 4, 2]
 
 
 def test_one_frame_portrait(folder):
@@ -149,6 +174,9 @@ def test_turned_phone_video(folder):
 @pytest.mark.parametrize("args, message", [
     ("--video=DIR/none.mp4", "none.mp4: no such file"),
     ("--video=DIR/text.mp4", "text.mp4: cannot be read as a video"),
+    ("--video=DIR/model", "model: a folder, not a file"),
+    ("--video=DIR/odd.mp4 --ckpt=DIR/cut", "model.safetensors is cut off"),
+    ("--video=DIR/odd.mp4 --ckpt=DIR/model --videomae=DIR/cut_mae", "model.safetensors is cut off"),
     ("--video=DIR/odd.mp4 --ckpt=DIR/none", "none: no such folder"),
     ("--video=DIR/odd.mp4 --ckpt=DIR/model --videomae=DIR/none", "none: no VideoMAE weights"),
     ("--video=DIR/odd.mp4 --ckpt=DIR/model --videomae=DIR/other", "is for scales 8+32"),
@@ -230,7 +258,7 @@ def test_tiles_line_up_with_pixels(folder, size):
 
 def test_tiles_in_the_overlay(folder):
     """At ratio 1 all panels show the bright square where it is; two chunks, the last one not full."""
-    npz, frames, text = look(folder, "odd.mp4", "--scale=1", "--gazing_ratio=1", "--max_frames=6", "--json=true")
+    npz, frames, text = look(folder, "odd.mp4", "--scale=1", "--gazing_ratio=1", "--max_frames=6")
     assert "75x51 pixels in 2 rows x 3 columns of tiles" in text and len(frames) == 6
     assert (npz["num_gazing_each_frame"] == npz["grids"].prod(1).sum()).all()
     w = frames[5].shape[1] // 3
