@@ -71,7 +71,7 @@ class Config:
     temperature: float = 1.0           # of sampling at the first step
     temperature_end: float = 1.0       # at the last; exponential in between (paper: 0.01)
     # GRPO
-    policy: Literal["sampling", "reference"] = "reference"  # whose log π is trained; reference: plain softmax, published
+    policy: Literal["sampling", "reference"] = "reference"  # log π to train; reference: plain softmax (published)
     recon_sample_rate: float = 0.125   # share of the frames that give a reward, random each step (published: 2 of 16)
     gamma: float = 0.995               # discount per gaze between a patch and the end of the rewarded frame (published)
     task_loss_weight: float = 1.0      # of the loss-prediction error
