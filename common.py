@@ -12,6 +12,8 @@ import sys
 import time
 import warnings
 from dataclasses import asdict
+from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,8 @@ def init_processes(device="auto"):
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # days: who has labelled its clips waits for the others, and a run that hangs is for the scheduler to end
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
     return rank, world, torch.device(device)
 
 
@@ -331,8 +334,9 @@ def last_slots(gazing):
     """(B, T) index of each frame's last real slot (its first slot where a frame has none)."""
     out, at = [], 0
     for n_t in gazing["num_gazing_each_frame"].tolist():
-        n_real = (~gazing["if_padded_gazing"][:, at:at + n_t]).sum(1)  # padding lies behind the real slots
-        out.append(at + (n_real - 1).clamp(min=0))
+        real = ~gazing["if_padded_gazing"][:, at:at + n_t]
+        slots = torch.arange(n_t, device=real.device)  # published decoding may leave padding before a real slot
+        out.append(at + (real * slots).amax(1) if n_t else torch.full((len(real),), at, device=real.device))
         at += n_t
     return torch.stack(out, dim=1)
 
@@ -481,6 +485,10 @@ class Log:
         self.rank, self.out_dir, self.t0, self.device, self.wandb = rank, Path(cfg.out_dir), time.time(), device, None
         if rank:
             return
+        if cfg.init_from != "resume" and (self.out_dir / "last.pt").is_file():  # a job that was put in the queue again
+            aside = next(p for i in count(1) if not (p := self.out_dir.with_name(f"{self.out_dir.name}.{i}")).exists())
+            os.replace(self.out_dir, aside)
+            print(f"{self.out_dir} held a run, now in {aside}; --init_from=resume would have gone on with it")
         self.out_dir.mkdir(parents=True, exist_ok=True)
         about = {"command": sys.argv, "commit": git_commit(), "python": platform.python_version(),
                  "torch": torch.__version__, "device": str(device), "world": world, "threads": torch.get_num_threads()}

@@ -36,7 +36,7 @@ from codec import read_motion
 from data import Clips, count_frames, denormalize, normalize
 from label import greedy
 from model import Gaze, Tiling, join_frames, one_clip
-from videomae import load_videomae
+from videomae import check_fit, load_videomae
 from vit import GazeViT
 
 UNTRAINED = ("random", "uniform", "frame_diff", "codec")  # dashed in plots
@@ -60,7 +60,7 @@ class Config:
     alpha: str = "10,3"                # relative budget of the frames, the last value repeated
     max_clips: int = 256               # clips that are used
     greedy: bool = True                # include the greedy search (slow: one reconstruction per candidate)
-    greedy_clips: int = 256            # clips for greedy at ratios other than the first
+    greedy_clips: int = 256            # clips for greedy at ratios other than the first; fewer: not quite comparable
     codec: bool = False                # include the files' motion vectors as a method (decodes every clip once more)
     target_loss: float | None = None   # tell the ratio that each method needs for it; published loss: 0.7, l1: your own
     requirements: str = ""             # let models stop at these predicted losses: "0.6,0.7", or "auto": five quantiles
@@ -198,7 +198,7 @@ def over_mean(n, under, mean):  # sums of under_gazes; 1 where there is nothing 
     return None if n == 0 else 1.0 if mean == 0 else under / mean
 
 
-def choose(cfg, mae, models, video, moved, budgets, ratios, with_greedy, seed):
+def choose(mae, models, video, moved, budgets, ratios, with_greedy, seed):
     """{method: gaze dict} of clips (B, T, 3, R, R); moved: (B, T, R, R) from the codec, or None."""
     c, V = mae.config, sum(mae.config.ids_per_scale)
     gazings = {"random": common.random_gazing(budgets, len(video), V, torch.Generator().manual_seed(seed)),
@@ -242,7 +242,7 @@ def measure(cfg, mae, models, items, ratio, device, n_greedy=0, vit=None):
         if vit:
             everything = from_lists([torch.arange(V).expand(len(video), -1)] * T, V, device)
             whole = vit(pixels * 2 - 1, everything).mean(1)  # (B, D)
-        gazings = choose(cfg, mae, models, video, moved, budgets, ratios, i < n_greedy, cfg.seed + b)
+        gazings = choose(mae, models, video, moved, budgets, ratios, i < n_greedy, cfg.seed + b)
         for name, gazing in gazings.items():
             recon, loss = mae(video, gazing, range(T))
             shown = denormalize(recon)
@@ -456,8 +456,7 @@ def main():
     for entry in filter(None, cfg.models.split(",")):
         name, folder = entry.split("=", 1)
         models[name] = Gaze.from_pretrained(folder).to(device).eval()
-        if (theirs := models[name].config.scales) != c.scales:
-            raise ValueError(f"{folder} looks at scales {theirs}, {cfg.videomae} at {c.scales}")
+        check_fit(mae, models[name], folder)
     strides, sides = ([int(v) for v in filter(None, value.split(","))] for value in (cfg.strides, cfg.sides))
     if any(side % c.image_size for side in sides):
         raise ValueError(f"sides={cfg.sides}: must be multiples of {c.image_size}, the input of {cfg.videomae}")
@@ -519,7 +518,7 @@ def main():
     for table in results.values():
         for name, row in table.items():
             row.pop("scatter", None)
-            if "greedy" in table:
+            if "greedy" in table and table["greedy"]["clips"] == row["clips"]:
                 row["gap_closed"] = gap_closed(table, name)
     (out / "eval.json").write_text(json.dumps(
         {"config": asdict(cfg), "commit": common.git_commit(), "clips": len(items), "unreadable": len(unreadable),

@@ -62,7 +62,7 @@ import viz
 from data import VideoError, decode
 from model import Gaze, is_hub_id, one_clip
 from source import View
-from videomae import VideoMAE
+from videomae import VideoMAE, check_fit
 
 
 @dataclass
@@ -137,10 +137,10 @@ def load_models(cfg, device):
         mae = VideoMAE.from_pretrained(cfg.videomae).to(device).freeze()
     except ValueError as error:
         raise ValueError(f"videomae={cfg.videomae} is no reconstructor: {error}") from error
-    c, m = gaze.config, mae.config
-    if (m.scales, m.patch_size) != (c.scales, c.patch_size) or m.max_num_frames < c.max_num_frames:
-        raise ValueError(f"videomae={cfg.videomae} is for scales {m.scales}, patch {m.patch_size}, {m.max_num_frames} "
-                         f"frames; {cfg.ckpt} for {c.scales}, {c.patch_size}, {c.max_num_frames}: give one that fits")
+    check_fit(mae, gaze, cfg.ckpt)
+    if mae.config.max_num_frames < gaze.config.max_num_frames:
+        raise ValueError(f"videomae={cfg.videomae} is for {mae.config.max_num_frames} frames, {cfg.ckpt} for "
+                         f"{gaze.config.max_num_frames}: give one that fits")
     return gaze, mae
 
 

@@ -187,6 +187,9 @@ def main():
     # may change between runs
     free = ("out", "device", "dinov2_reg", "siglip2", "max_candidates", "naive", "splits", "max_clips")
     settings = {k: v for k, v in asdict(cfg).items() if k not in free}
+    # a reconstructor that was trained anew under the same name finds other labels
+    settings["weights"] = f"{sum(p.double().abs().sum().item() for p in mae.parameters()):.6g}"
+    out.parent.mkdir(parents=True, exist_ok=True)
     done = read_parts(out, settings)
     common.barrier()  # nobody writes before all have read, or they would share out different lists
 

@@ -268,11 +268,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(c), persistent=False)
 
-    def forward(self, x, positions=None, mask=None, remember=None, wanted=None, joined=None, split=False):
+    def forward(self, x, positions=None, mask=None, remember=None, wanted=None, joined=None, in_parts=False):
         """x (B, L, D) -> (B, L, D) before the final norm, or only the tokens at wanted (B, M): the last layer leaves
         out the others, of which nothing but keys and values matters there. positions (L,) or (B, L); default 0, 1, 2,
         …, causal. mask (1 | B, 1, L, keys): added to attention scores. joined: of each layer, see
-        Layer.joined. split: the mask is the causal one; layers before the last do without (see attend)."""
+        Layer.joined. in_parts: the mask is the causal one; layers before the last do without (see attend)."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         angle = positions.unsqueeze(-1) * self.frequencies.float()  # (…, L, d/2)
@@ -284,7 +284,7 @@ class Decoder(nn.Module):
             put = None if remember is None else functools.partial(remember, i)
             weights = None if joined is None else joined[i]
             if wanted is None or i < len(self.layers) - 1:
-                x = layer(x, cos, sin, None if split else mask, put, None, weights)
+                x = layer(x, cos, sin, None if in_parts else mask, put, None, weights)
             else:
                 if mask is None:
                     mask = (torch.arange(x.shape[1], device=x.device) <= wanted.unsqueeze(-1)).unsqueeze(1)
@@ -342,7 +342,7 @@ class Gaze(nn.Module):
     def from_pretrained(cls, folder):
         """Load config.json + model.safetensors from a folder or a hub id. ValueError names tensors that do not fit."""
         folder = Path(folder)
-        if not folder.exists():
+        if is_hub_id(folder):
             folder = download(str(folder), ["model.safetensors"])
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
@@ -451,8 +451,11 @@ class Gaze(nn.Module):
                             generator)
         if stream.reference and B * num_copies > 1 and (stream.requirement is not None or stream.ratio_per_clip):
             # in published decoding clips that stop at different slots disturb each other; it means them one at a time
-            rows = [stream.for_row(i).run(self.embed(video[i % B:i % B + 1])[0]) for i in range(B * num_copies)]
-            return self.merge(rows)
+            def row(value, i):
+                return value if value is None or torch.as_tensor(value).dim() < 2 or len(value) == 1 else value[i:i + 1]
+            return self.merge([
+                self.generate(video[i % B:i % B + 1], row(gazing_ratio, i), row(task_loss_requirement, i), temperature,
+                              reference, generator) for i in range(B * num_copies)])
         with torch.no_grad():
             return stream.run(self.embed(video)[0].repeat(num_copies, 1, 1, 1))
 
@@ -630,14 +633,6 @@ class GazeStream:
             self.joined = [[w.to(dtype) for w in layer.joined()] for layer in model.decoder.layers]
         self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads, dtype=dtype)
 
-    def for_row(self, i):
-        """The same settings for clip i alone, at the start of its video."""
-        row = GazeStream(self.model, 1, 1.0, None, self.temperature, self.reference, self.generator)
-        row.ratio = lambda t: self.ratio(t)[i:i + 1]
-        if self.requirement is not None:
-            row.requirement = lambda t: self.requirement(t)[i:i + 1]
-        return row
-
     @torch.no_grad()
     def step(self, frame):
         """frame (B, 3, R', R') normalised pixels -> this frame's gaze dict; gazing_pos counts within the frame."""
@@ -703,8 +698,10 @@ class GazeStream:
                     cache.scatter_(2, index[:, None, :, None].expand_as(new), new.to(cache.dtype))
             return self.cache[:, layer, :, :, :total].to(v.dtype)
 
-        h = self.model.decoder(x, index if positions is None else positions, mask, remember, last,
-                               self.joined, split=uniform and q >= 64 and self.device.type == "cpu")
+        # ten gazes are too few for attention in two parts to pay, a frame's vision tokens are enough
+        in_parts = uniform and q >= 64 and self.device.type == "cpu"
+        positions = index if positions is None else positions
+        h = self.model.decoder(x, positions, mask, remember, last, self.joined, in_parts)
         if keep is None:
             self.length, self.longest = self.length + q, total
         else:

@@ -3,9 +3,9 @@
     python pipeline.py config/toy.py                                   # what `make toy` runs
     python pipeline.py config/toy.py --videos=my/videos --out=out/mine # the same on windows cut from your own videos
 
-Runs the commands below as you would type them, prints each, and stops at the first that fails. Stages that are done
-(their result exists and was made by the same command) are skipped, so an interrupted run goes on. Processes get one
-core each.
+Runs the commands below as you would type them, prints each, and stops at the first that fails. A stage that is done,
+by the same command and settings as now, and all before it too, is skipped, so an interrupted run goes on. Processes get
+one core each.
 """
 import json
 import os
@@ -35,25 +35,28 @@ class Config:
     alpha: str = "12,3"                # split of the budget over the frames
     n_frames: int = 4                  # clip length
     n_processes: int = 2               # cores to use
+    device: str = "cpu"                # the toy models are too small for a GPU; cuda takes one per process
     seed: int = 666                    # of every stage
 
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    out, python, seconds = Path(cfg.out), sys.executable, {}
+    out, python, seconds, history = Path(cfg.out), sys.executable, {}, []
     out.mkdir(parents=True, exist_ok=True)
     data = out / "data"
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
                         "PYTHONWARNINGS": "ignore::UserWarning:torch"}
 
     def stage(name, *commands):
-        """Run commands side by side, unless the stage is marked as done by these very commands."""
+        """Run commands side by side, unless the stage is marked as done by these very commands after the same ones.
+        Returns whether they ran."""
         lines = [" ".join(c) for c in commands]
+        history.extend(lines + [Path(word).read_text() for c in commands for word in c if word.startswith(cfg.configs)])
         marker = out / f"{name}.done"
-        if marker.is_file() and json.loads(marker.read_text())["commands"] == lines:
+        if marker.is_file() and json.loads(marker.read_text())["history"] == history:
             seconds[name] = json.loads(marker.read_text())["seconds"]
             print(f"\n== {name}: done before")
-            return
+            return False
         print(f"\n== {name}\n" + "\n".join(f"$ {line}" for line in lines), flush=True)
         t0 = time.time()
         running = []
@@ -69,7 +72,8 @@ def main():
         if any(codes):
             raise SystemExit(f"{name} failed (exit codes {codes}); output of background commands: {out}/{name}.*.log")
         seconds[name] = round(time.time() - t0, 1)
-        marker.write_text(json.dumps({"commands": lines, "seconds": seconds[name]}) + "\n")
+        marker.write_text(json.dumps({"history": history, "seconds": seconds[name]}) + "\n")
+        return True
 
     def script(name, *args, n=1):
         torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
@@ -77,15 +81,17 @@ def main():
         return [*run, name, *args]
 
     n, root = cfg.n_processes, f"--root={data}"
-    common = [root, f"--seed={cfg.seed}"]
+    common = [root, f"--seed={cfg.seed}", f"--device={cfg.device}"]
     mae, labels = f"--videomae={out}/videomae", f"{out}/gazing_labels.json"
     if cfg.videos:
         stage("data", script("make_data.py", "cut", f"--src={cfg.videos}", f"--out={data}", *cfg.cut.split()))
     else:
         stage("data", script("make_data.py", "toy", f"--out={data}", f"--n_train={cfg.n_train}", f"--n_val={cfg.n_val}",
                              f"--n_frames={cfg.n_frames}", f"--seed={cfg.seed}", f"--n_workers={n}"))
-    stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *common,
-                             f"--out_dir={out}/videomae", *cfg.videomae_args.split(), n=n))
+    if stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *common,
+                                f"--out_dir={out}/videomae", *cfg.videomae_args.split(), n=n)):
+        for old in out.glob("gazing_labels.json*"):  # of the reconstructor before
+            old.unlink()
     stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}",
                            f"--max_clips={cfg.label_clips}", n=n))
     ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}",

@@ -25,7 +25,7 @@ import model
 import viz
 from data import Clips, collate, normalize
 from model import Gaze, GazeConfig
-from videomae import load_videomae
+from videomae import check_fit, load_videomae
 
 
 @dataclass
@@ -194,9 +194,7 @@ def main():
     gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
     gaze.to(device)
     mae = load_videomae(cfg, device)
-    if mae.config.scales != gaze.config.scales or mae.config.patch_size != gaze.config.patch_size:
-        raise ValueError(f"{cfg.videomae} reconstructs from scales {mae.config.scales}, patch {mae.config.patch_size}; "
-                         f"the gaze model has {gaze.config.scales}, patch {gaze.config.patch_size}")
+    check_fit(mae, gaze, cfg.init_from)
 
     # ---- data
     R = gaze.config.image_size

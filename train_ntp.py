@@ -23,7 +23,7 @@ import model
 import viz
 from data import Clips, check_labels, collate, collate_gaze, load_labels, normalize
 from model import Gaze, GazeConfig
-from videomae import load_videomae
+from videomae import check_fit, load_videomae
 
 
 @dataclass
@@ -159,6 +159,8 @@ def main():
     gaze.to(device)
     V = gaze.config.num_ids
     mae = load_videomae(cfg, device) if cfg.videomae else None
+    if mae:
+        check_fit(mae, gaze, "the gaze model")
 
     # ---- data
     labels = load_labels(cfg.labels)

@@ -101,7 +101,7 @@ def draw_budgets(cfg, V, generator):
 
 
 @torch.no_grad()
-def evaluate(mae, clips, loader, cfg, device):
+def evaluate(mae, loader, cfg, device):
     """Mean loss over validation clips with fixed random gazes, all frames; and one picture's tensors."""
     V, total, count, picture = sum(mae.config.ids_per_scale), 0.0, 0, None
     for i, batch in enumerate(loader):
@@ -173,7 +173,7 @@ def main():
         stop = common.stopping()
         if (step % cfg.val_every == 0 or step == cfg.steps) and not stop:
             mae.eval()
-            val_loss, picture = evaluate(mae, val, val_loader, cfg, device)
+            val_loss, picture = evaluate(mae, val_loader, cfg, device)
             log.write(step, cfg.steps, step - start, val_loss=val_loss)
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],

@@ -496,6 +496,17 @@ def perceptual_network(term, folder, tensors, source):
 
 
 def load_videomae(cfg, device):
-    """The frozen reconstructor that a script's settings name: cfg.videomae, loss_type, loss_weights and networks."""
+    """The frozen reconstructor that a script's settings name: cfg.videomae, loss_type, loss_weights and networks.
+    ValueError: it is for shorter clips than cfg.n_frames."""
     mae = VideoMAE.from_pretrained(cfg.videomae, None, cfg.loss_type, cfg.loss_weights, cfg.dinov2_reg, cfg.siglip2)
+    if mae.config.max_num_frames < cfg.n_frames:
+        raise ValueError(f"videomae={cfg.videomae} is for {mae.config.max_num_frames} frames, n_frames={cfg.n_frames}")
     return mae.to(device).freeze()
+
+
+def check_fit(mae, gaze, name):
+    """ValueError if the patch ids of a gaze model, called `name`, mean other patches to the reconstructor."""
+    m, g = mae.config, gaze.config
+    if (m.scales, m.patch_size) != (g.scales, g.patch_size):
+        raise ValueError(f"the reconstructor is for scales {m.scales}, patch {m.patch_size}; {name} for {g.scales}, "
+                         f"{g.patch_size}: give models that fit")

@@ -1,5 +1,5 @@
 # GRPO on the toy set, from the NTP model. Two CPU cores, about two minutes.
-root = "data/toy"
+root = "out/toy/data"  # make toy generates it
 videomae = "out/toy/videomae"
 init_from = "out/toy/ntp"
 out_dir = "out/toy/grpo"

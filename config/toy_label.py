@@ -1,5 +1,5 @@
 # Greedy labels for the toy run.
-root = "data/toy"
+root = "out/toy/data"  # make toy generates it
 videomae = "out/toy/videomae"
 out = "out/toy/gazing_labels.json"
 n_frames = 4

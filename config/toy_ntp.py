@@ -1,5 +1,5 @@
 # NTP on the toy set: a gaze model of 0.2 M parameters. Two CPU cores, about three minutes.
-root = "data/toy"
+root = "out/toy/data"  # make toy generates it
 labels = "out/toy/gazing_labels.json"
 videomae = "out/toy/videomae"
 out_dir = "out/toy/ntp"

@@ -1,5 +1,5 @@
 # The reconstructor of the toy run: 32 px, 21 patch ids per frame, 0.3 M parameters. Two CPU cores, about three minutes.
-root = "data/toy"
+root = "out/toy/data"  # make toy generates it
 out_dir = "out/toy/videomae"
 n_frames = 4
 cache = True            # 4,000 clips of 12 KB

@@ -177,6 +177,15 @@ def test_other_settings_are_refused(job, tmp_path, change):
         run(args, tmp_path / "a.json", f"--{change}")
 
 
+def test_labels_of_another_reconstructor_are_refused(job, tmp_path):
+    args = [*job[0], f"--videomae={tmp_path / 'mae'}", "--max_clips=1"]
+    tiny_mae().save_pretrained(tmp_path / "mae")
+    run(args, tmp_path / "a.json")
+    tiny_mae(seed=1).save_pretrained(tmp_path / "mae")
+    with pytest.raises(ValueError, match="weights.*delete"):
+        run(args, tmp_path / "a.json")
+
+
 def test_naive_and_small_batches_give_the_same_labels(job, tmp_path):
     args, whole = job
     for name, flag in (("naive", "--naive=true"), ("small", "--max_candidates=6")):

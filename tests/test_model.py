@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import normal_video, tiny_gaze
 from safetensors.torch import load_file, save_file
 
+import model
 from model import Gaze, GazeConfig, attend, join_frames, split_frames
 
 V, T = 20, 4
@@ -109,6 +110,26 @@ def test_streaming_equals_the_whole_clip(video, kwargs, blocks):
         assert torch.equal((part["gazing_pos"] + V * t)[~padded], ids[~padded])
         for mask, all_masks in zip(part["gazing_mask"], whole["gazing_mask"], strict=True):
             assert torch.equal(mask[:, 0], all_masks[:, t])
+
+
+def test_frames_of_many_tokens(monkeypatch):
+    """From 64 tokens on a frame's attention is computed in two parts, which must not change what is chosen, also where
+    clips have different lengths."""
+    gaze, video = tiny_gaze(scales="32+64", patch_size=8), normal_video(2, 3, 64)
+    ratios = torch.tensor([[0.05, 0.2, 0.1], [0.3, 0.1, 0.1]])
+    uniform, mixed = gaze.generate(video, ratios[0].tolist()), gaze.generate(video, ratios)
+    past = []
+
+    def masked(q, k, v):
+        past.append(k.shape[2] - q.shape[2])
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past[-1])
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    monkeypatch.setattr(model, "attend", masked)
+    assert torch.equal(gaze.generate(video, ratios[0].tolist())["gazing_pos"], uniform["gazing_pos"])
+    assert max(past) > 64, "decoding does not use it"
+    for b in range(2):
+        alone = gaze.generate(video[b:b + 1], ratios[b].tolist())["gazing_pos"][0]
+        assert mixed["gazing_pos"][b][~mixed["if_padded_gazing"][b]].tolist() == alone.tolist()
 
 
 @pytest.mark.parametrize("past", [0, 1, 50])
