@@ -32,13 +32,13 @@ class ConfigError(ValueError):
     """A setting the user has to change; the message says where it stands and what to write."""
 
 
-def parse(cls, argv, verbose=None):
+def parse(cls, argv):
     """load() for a script: answers -h, and a mistake ends in one line and exit code 2 instead of a traceback."""
     if "-h" in argv or "--help" in argv:
         print(help_text(cls))
         raise SystemExit(0)
     try:
-        return load(cls, argv, verbose)
+        return load(cls, argv)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -71,12 +71,6 @@ def load(cls, argv, verbose=None):
         for key, (value, source) in chosen.items():
             print(f"override {key} = {value!r} ({source})")
     return cfg
-
-
-def describe(cfg):
-    """Every setting, one aligned `key = value` per line, in the form a config file has."""
-    width = max(len(f.name) for f in fields(cfg))
-    return "\n".join(f"{f.name:<{width}} = {getattr(cfg, f.name)!r}" for f in fields(cfg))
 
 
 def read_file(path, hints):

@@ -138,11 +138,6 @@ def test_last_wins_and_each_override_is_printed_once(tmp_path, capsys, monkeypat
     assert capsys.readouterr().out == ""
 
 
-def test_described_settings_are_a_config_file(tmp_path):
-    cfg = load("--lr=1e-3", "--root=it's", "--labels=x", "--compile=1")
-    assert load(write(tmp_path / "c.py", configurator.describe(cfg))) == cfg
-
-
 def test_help():
     text = configurator.help_text(Config)
     lines = [" ".join(line.split()) for line in text.splitlines()]
