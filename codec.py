@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import VideoError, quarter_turns, video_stream
+from data import VideoError, quarter_turns, resize_center, video_stream
 
 CELL = 4  # pixels: no block that carries a vector is smaller
 BLOCK = 16  # pixels: side of a macroblock, in which frames are coded
@@ -70,8 +70,4 @@ def read_motion(path, n_frames, size, stride=1):
     if not known and i > 0:
         return None
     frames += [torch.zeros_like(frames[0])] * (n_frames - len(frames))  # a short video repeats its last frame
-    frames, (h, w) = torch.stack(frames), shape  # (T, 1, H, W)
-    new_h, new_w = size * h // min(h, w), size * w // min(h, w)
-    frames = F.interpolate(frames, (new_h, new_w), mode="bilinear", antialias=True, align_corners=False)
-    top, left = (new_h - size) // 2, (new_w - size) // 2
-    return frames[:, 0, top:top + size, left:left + size]
+    return resize_center(torch.stack(frames), size)[:, 0]

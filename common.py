@@ -1,6 +1,7 @@
 """What all stages must agree on: processes, order of the data, gaze budgets, checkpoints and logs. Nothing clever."""
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,6 @@ import time
 import warnings
 from dataclasses import asdict
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -486,7 +486,8 @@ class Log:
         if rank:
             return
         if cfg.init_from != "resume" and (self.out_dir / "last.pt").is_file():  # a job that was put in the queue again
-            aside = next(p for i in count(1) if not (p := self.out_dir.with_name(f"{self.out_dir.name}.{i}")).exists())
+            names = (self.out_dir.with_name(f"{self.out_dir.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
             os.replace(self.out_dir, aside)
             print(f"{self.out_dir} held a run, now in {aside}; --init_from=resume would have gone on with it")
         self.out_dir.mkdir(parents=True, exist_ok=True)

@@ -158,22 +158,29 @@ def random_box(h, w, generator=None):
     return (h - bh) // 2, (w - bw) // 2, bh, bw
 
 
+def resize(x, size):  # (T, C, H, W) -> (T, C, *size)
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def resize_center(x, size):
+    """(T, C, H, W) -> (T, C, size, size): shortest side to `size`, then the centre square."""
+    h, w = x.shape[-2:]
+    h, w = size * h // min(h, w), size * w // min(h, w)
+    top, left = (h - size) // 2, (w - size) // 2
+    return resize(x, (h, w))[..., top:top + size, left:left + size].contiguous()
+
+
 def resize_crop(frames, size, crop="center", generator=None):
     """(T, 3, H, W) uint8 -> (T, 3, size, size) uint8. "center": shortest side to `size`, then the centre square;
     "random": one random box for all frames, resized to the square. Antialiased bilinear on 8-bit values, like PIL."""
     assert frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[1] == 3, (frames.dtype, frames.shape)
     assert crop in ("center", "random"), crop
-    h, w = frames.shape[-2:]
     if crop == "random":
-        top, left, bh, bw = random_box(h, w, generator)
-        frames, new_h, new_w = frames[..., top:top + bh, left:left + bw], size, size
-    else:
-        short = min(h, w)
-        new_h, new_w = size * h // short, size * w // short
-    if frames.shape[-2:] != (new_h, new_w):
-        frames = F.interpolate(frames, size=(new_h, new_w), mode="bilinear", antialias=True, align_corners=False)
-    top, left = (new_h - size) // 2, (new_w - size) // 2
-    return frames[..., top:top + size, left:left + size].contiguous()
+        top, left, h, w = random_box(*frames.shape[-2:], generator)
+        return resize(frames[..., top:top + h, left:left + w], (size, size)).contiguous()
+    return resize_center(frames, size)
 
 
 def normalize(x):

@@ -16,6 +16,7 @@ scale), K slots predicted at once, N slots of a clip, L tokens of a clip, D widt
 import functools
 import json
 import math
+import operator
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -542,6 +543,12 @@ def per_clip_and_frame(value, B, name):
     return at
 
 
+def as_sides(scales):
+    """"56+112", or a list of ints or (height, width) pairs -> list of (height, width). TypeError or ValueError."""
+    sides = [int(s) for s in scales.split("+")] if isinstance(scales, str) else scales
+    return [(int(s[0]), int(s[1])) if isinstance(s, (tuple, list)) else (operator.index(s),) * 2 for s in sides]
+
+
 class Tiling:
     """Gazes for an encoder with other resolutions or patches.
 
@@ -555,9 +562,7 @@ class Tiling:
         self.patch = p = target_patch_size or config.patch_size
         if target_scales is None:
             target_scales = [s * p // config.patch_size for s in config.scale_list]
-        if isinstance(target_scales, str):
-            target_scales = [int(s) for s in target_scales.split("+")]
-        sides = [tuple(s) if isinstance(s, (tuple, list)) else (s, s) for s in target_scales]
+        sides = as_sides(target_scales)
         self.sides = [s // config.patch_size for s in config.scale_list]  # of a tile's grids, in patches
         self.grids = [(h // p, w // p) for h, w in sides]  # of the whole frame
         self.size = sides[-1]

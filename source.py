@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from data import VideoError, count_frames, normalize, quarter_turns, resize_crop, video_stream
+from data import VideoError, count_frames, normalize, quarter_turns, resize, resize_crop, video_stream
 from model import Tiling
 
 
@@ -148,10 +148,7 @@ class View:
             square = torch.from_numpy(image[top:top + side, left:left + side].copy()).permute(2, 0, 1)[None]
             return resize_crop(square, self.R), resize_crop(square, self.q)[0]
         whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-        resize = [whole if whole.shape[2:] == n else
-                  F.interpolate(whole, n, mode="bilinear", antialias=True, align_corners=False)
-                  for n in (self.size, self.panel)]
-        return self.split(resize[0][0]), resize[1][0]
+        return self.split(resize(whole, self.size)[0]), resize(whole, self.panel)[0]
 
     def normalize(self, tiles, which=slice(None)):
         """Tiles (n, ..., 3, R, R) uint8, those numbered `which` -> what the model wants; padding is 0."""

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import announce, is_hub_id
+from model import announce, as_sides, is_hub_id
 from videomae import block_causal_attention
 
 ATTENTION = ("block_causal", "causal", "bidirectional")
@@ -47,8 +47,7 @@ class GazeViT(nn.Module):
         self.attention, self.frame_independent = attention, frame_independent
         self.patch_size = p = self.network.config.patch_size
         try:
-            sides = [int(s) for s in scales.split("+")] if isinstance(scales, str) else list(scales)
-            sides = [(s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in sides]
+            sides = as_sides(scales)
         except (TypeError, ValueError, IndexError):
             raise ValueError(f"scales={scales!r} must be sides joined by '+', such as '32+64+112+224', or a list of "
                              "ints or (height, width) pairs") from None
