@@ -12,7 +12,6 @@ Against the published code: a corrupt video is replaced by the next one with a w
 silently), non-square videos are cropped, collating leaves the labels as they are, and empty label frames are allowed.
 """
 
-import json
 import math
 import os
 import sys
@@ -227,7 +226,7 @@ def video_key(path):
 
 class Clips(torch.utils.data.Dataset):
     """Clips of <root>/<split>/. An item: {"video": (T, 3, size, size) uint8, "key", "path", "unreadable": files passed
-    over to get it}; with `labels` (from `load_labels`) also "gazing_pos" and "task_losses", lists of lists per frame,
+    over to get it}; with `labels` (of label_files.py) also "gazing_pos" and "task_losses", lists of lists per frame,
     and only labelled videos are kept. Random start and crop depend on (seed, epoch, index) only, whatever process
     reads the clip and wherever a run was resumed: item index + epoch · len(self) is that of another epoch.
 
@@ -326,67 +325,6 @@ def collate(items):
     return batch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# labels
-
-def load_labels(path):
-    """{key: {"gazing_pos": ids + V*t per frame, "task_losses": per frame}}; task_losses[t][j] is the reconstruction
-    loss of frame t after its gaze j. path: a JSON file, read into memory, or the folder that pack.py made of it."""
-    if Path(path).is_dir():
-        from pack import PackedLabels
-        labels = PackedLabels(path)
-        source, size = labels.source["path"], labels.source["bytes"]
-        if os.path.exists(source) and os.path.getsize(source) != size and os.environ.get("RANK", "0") == "0":
-            warnings.warn(f"labels={path}: {source} has changed since it was packed", stacklevel=2)
-        return labels
-    with open(path, encoding="utf-8") as f:
-        try:
-            labels = json.load(f)
-        except ValueError as error:
-            raise ValueError(f"label file {path} is not valid JSON, was it cut off? ({error})") from error
-    if not isinstance(labels, dict):
-        raise ValueError(f"label file {path}: expected an object of labels by video, found a {type(labels).__name__}")
-    for key, label in labels.items():
-        check_fields(key, label, path)
-    return labels
-
-
-def check_fields(key, label, path):
-    if not isinstance(label, dict) or not {"gazing_pos", "task_losses"} <= label.keys():
-        raise ValueError(f"label file {path}: {key!r} needs 'gazing_pos' and 'task_losses'")
-    for name in ("gazing_pos", "task_losses"):
-        if not isinstance(label[name], list) or not all(isinstance(frame, list) for frame in label[name]):
-            raise ValueError(f"label file {path}: {key!r} needs a list per frame in {name!r}")
-
-
-def check_labels(labels, n_frames, n_ids, path):
-    """check_label for all of them. Packed ones were checked while packing, so their bounds per frame are enough."""
-    if not isinstance(labels, dict) and labels.fits(n_frames, n_ids):
-        return
-    for key, label in labels.items():
-        check_label(key, label, n_frames, n_ids, path)
-
-
-def check_label(key, label, n_frames, n_ids, path):
-    """Raise ValueError unless the label fits clips of n_frames frames and n_ids patch ids per frame (None: not known).
-    Frames may be empty. A frame's ids must be its own (V*t .. V*t + V - 1), no id twice, each with a finite loss."""
-    pos, losses = label["gazing_pos"], label["task_losses"]
-    where = f"label file {path}: {key!r}"
-    if len(pos) != n_frames or len(losses) != n_frames:
-        raise ValueError(f"{where} has {len(pos)} frames of gazes and {len(losses)} of losses, expected {n_frames}")
-    for t, (ids, values) in enumerate(zip(pos, losses, strict=True)):
-        lo, hi = (n_ids * t, n_ids * (t + 1)) if n_ids else (0, math.inf)
-        if len(ids) != len(values):
-            raise ValueError(f"{where} frame {t} has {len(ids)} gazes but {len(values)} losses")
-        for i in ids:
-            if not isinstance(i, int) or not lo <= i < hi:
-                raise ValueError(f"{where} frame {t}: id {i} is not in {lo}..{hi - 1} (other scales or patch size?)")
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"{where} frame {t} takes a patch twice: {sorted(i for i in ids if ids.count(i) > 1)[0]}")
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise ValueError(f"{where} frame {t} has a loss that is not a finite number")
-
-
 def collate_gaze(gazing_pos, task_losses, n_ids):
     """Gazes as lists (B) of lists (T) of ids + V*t -> gazing_pos (B, N) int64, if_padded_gazing (B, N) bool (True =
     dummy slot), num_gazing_each_frame (T,) int64, and with task_losses (same nesting, or None) task_losses (B, N)
@@ -418,7 +356,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] != ["pack"] or len(sys.argv) not in (3, 4):
         raise SystemExit("usage: python data.py pack labels.json [labels.packed]")
     try:
-        from pack import pack_labels
+        from label_files import pack_labels
         pack_labels(*sys.argv[2:])
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -35,7 +35,8 @@ import viz
 from codec import read_motion
 from data import Clips, count_frames, denormalize, normalize
 from label import greedy
-from model import Gaze, Tiling, join_frames, one_clip
+from model import Gaze, join_frames, one_clip
+from tiling import Tiling
 from videomae import check_fit, load_videomae
 from vit import GazeViT
 
@@ -115,7 +116,7 @@ def uniform_gazing(video, budgets, config):
             ids = [finest[(at + i) % fine] for i in range(n)] if n <= fine else order[-n:]
             at += n
         frames.append(torch.tensor([ids] * len(video)))
-    return from_lists(frames, sum(config.ids_per_scale), video.device)
+    return from_lists(frames, config.num_ids, video.device)
 
 
 def per_patch(x, config):
@@ -153,7 +154,7 @@ def details(video):
 def greedy_gazing(mae, video, budgets):
     found = [greedy(mae, clip, budgets)[0] for clip in video]
     frames = [torch.tensor([f[t] for f in found]) for t in range(len(budgets))]
-    return from_lists(frames, sum(mae.config.ids_per_scale), video.device)
+    return from_lists(frames, mae.config.num_ids, video.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def over_mean(n, under, mean):  # sums of under_gazes; 1 where there is nothing 
 
 def choose(mae, models, video, moved, budgets, ratios, with_greedy, seed):
     """{method: gaze dict} of clips (B, T, 3, R, R); moved: (B, T, R, R) from the codec, or None."""
-    c, V = mae.config, sum(mae.config.ids_per_scale)
+    c, V = mae.config, mae.config.num_ids
     gazings = {"random": common.random_gazing(budgets, len(video), V, torch.Generator().manual_seed(seed)),
                "uniform": uniform_gazing(video, budgets, c), "frame_diff": ranked_gazing(changes(video), budgets, c)}
     if moved is not None:
@@ -232,7 +233,7 @@ def batches(cfg, items, config, device, note):
 @torch.no_grad()
 def measure(cfg, mae, models, items, ratio, device, n_greedy=0, vit=None):
     """{method: {loss, psnr, ssim, per_frame, predicted, …}} over all clips, the first batch's gazes, the budgets."""
-    c, V, T = mae.config, sum(mae.config.ids_per_scale), cfg.n_frames
+    c, V, T = mae.config, mae.config.num_ids, cfg.n_frames
     ratios = common.split_ratio("mean", ratio, T, cfg.alpha, None)
     budgets = common.to_budgets(ratios, V)
     sums, first = {}, {}

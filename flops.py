@@ -35,7 +35,7 @@ def block_pairs(sizes):
 def mae(c, n, frames):
     """Reconstruct `frames` of one clip with n[t] gazes in frame t. Nothing after the last of them is needed."""
     n = n[:max(frames) + 1]
-    V, D, d, pixels = sum(c.ids_per_scale), c.hidden_size, c.decoder_hidden_size, 3 * c.patch_size ** 2
+    V, D, d, pixels = c.num_ids, c.hidden_size, c.decoder_hidden_size, 3 * c.patch_size ** 2
     encoder, decoder = [1, *n], [1, *(V if t in frames else n_t for t, n_t in enumerate(n))]
     return (stack(sum(encoder), block_pairs(encoder), D, c.intermediate_size, c.num_hidden_layers)
             + stack(sum(decoder), block_pairs(decoder), d, c.decoder_intermediate_size,
@@ -45,7 +45,7 @@ def mae(c, n, frames):
 
 def search(c, n_frames, slots):
     """Greedy search: (only the current frame's tokens, whole reconstructions: the naive way, candidates)."""
-    V, D, d, P = sum(c.ids_per_scale), c.hidden_size, c.decoder_hidden_size, c.ids_per_scale[-1]
+    V, D, d, P = c.num_ids, c.hidden_size, c.decoder_hidden_size, c.ids_per_scale[-1]
     ours = naive = candidates = 0
     for t in range(n_frames):
         past = 1 + slots * t

@@ -60,9 +60,10 @@ import model
 import source
 import viz
 from data import VideoError, decode
-from model import Gaze, is_hub_id, one_clip
+from model import Gaze, one_clip
 from source import View
 from videomae import VideoMAE, check_fit
+from weights import is_hub_id
 
 
 @dataclass

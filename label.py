@@ -100,7 +100,7 @@ def greedy(mae, video, budgets, max_candidates=512):
     over frames of ids within the frame and of the frame's loss after each. Equal to running
     mae(video, gazing, [t]) for every candidate, at the cost of the current frame's tokens only.
     """
-    V, P = sum(mae.config.ids_per_scale), mae.config.ids_per_scale[-1]
+    V, P = mae.config.num_ids, mae.config.ids_per_scale[-1]
     e, d = mae.vit.embeddings, mae.decoder
     T = len(video)
     tokens = e(e.patches(video[None])[0], torch.arange(T * V, device=video.device)).view(T, V, -1)
@@ -135,7 +135,7 @@ def greedy(mae, video, budgets, max_candidates=512):
 @torch.inference_mode()
 def greedy_naive(mae, video, budgets, max_candidates=512):
     """The same result by whole forward passes, one candidate at a time."""
-    V, gazing_pos, task_losses = sum(mae.config.ids_per_scale), [], []
+    V, gazing_pos, task_losses = mae.config.num_ids, [], []
     for t, n_t in enumerate(budgets):
         gazing_pos.append([])
         task_losses.append([])
@@ -182,7 +182,7 @@ def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     rank, world, device = common.init_processes(cfg.device)
     mae = load_videomae(cfg, device)
-    c, V = mae.config, sum(mae.config.ids_per_scale)
+    c, V = mae.config, mae.config.num_ids
     out = Path(cfg.out or Path(cfg.root.split(",")[0]) / "gazing_labels.json")
     # may change between runs
     free = ("out", "device", "dinov2_reg", "siglip2", "max_candidates", "naive", "splits", "max_clips")

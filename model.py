@@ -14,17 +14,15 @@ Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), 
 scale), K slots predicted at once, N slots of a clip, L tokens of a clip, D width, H heads.
 """
 import functools
-import json
 import math
-import operator
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+
+from weights import assign, load_gaze, published_name, save_gaze
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -78,68 +76,6 @@ class GazeConfig:
     @property
     def image_size(self):  # R
         return self.scale_list[-1]
-
-    @classmethod
-    def from_file(cls, path):
-        """Read config.json as the published code writes it; `ours` inside it holds what only we know."""
-        d = json.loads(Path(path).read_text())
-        try:
-            g = d["gaze_model_config"]
-            vision, decoder = g["vision_model_config"], g["gaze_decoder_config"]
-            rope = decoder.get("rope_scaling") or decoder["rope_parameters"]
-            needs = d.get("has_task_loss_requirement_during_inference", False)
-            config = cls(
-                scales=str(d["scales"]), patch_size=vision["kernel_size"], max_num_frames=d["max_num_frames"],
-                hidden_size=decoder["hidden_size"], num_layers=decoder["num_hidden_layers"],
-                num_heads=decoder["num_attention_heads"], intermediate_size=decoder["intermediate_size"],
-                num_conv_blocks=vision["depth"], num_multi_token_pred=decoder["num_multi_token_pred"],
-                rms_norm_eps=decoder["rms_norm_eps"], initializer_range=decoder.get("initializer_range", 0.02),
-                rope_theta=decoder.get("rope_theta") or rope["rope_theta"],
-                rope_factor=rope["factor"], rope_low_freq_factor=rope["low_freq_factor"],
-                rope_high_freq_factor=rope["high_freq_factor"],
-                rope_original_length=rope["original_max_position_embeddings"],
-                gazing_ratio=d["gazing_ratio_config"]["fixed"]["gazing_ratio"],
-                task_loss_requirement=(
-                    d["task_loss_requirement_config"]["fixed"]["task_loss_requirement"] if needs else None),
-                reference_decoding=d.get("reference_decoding", True), reference_file=d)
-        except KeyError as e:
-            raise ValueError(f"{path}: not the config of a gaze model, key {e} is missing") from None
-        return config
-
-    def to_file(self, path):
-        """Write config.json in the published layout."""
-        d = json.loads(json.dumps(self.reference_file))  # a deep copy: keys we do not use survive
-        g = d.setdefault("gaze_model_config", {})
-        g.update(input_img_size=self.image_size, num_vision_tokens_each_frame=self.num_ids)
-        g.setdefault("vision_model_config", {}).update(
-            hidden_dim=self.hidden_size, out_dim=self.hidden_size, depth=self.num_conv_blocks,
-            kernel_size=self.patch_size, temporal_patch_size=1, trunk_temporal_kernel_size=3,
-            trunk_spatial_kernel_size=3)
-        g.setdefault("connector_config", {}).update(hidden_dim=self.hidden_size, num_tokens=self.ids_per_scale[-1])
-        g.setdefault("gaze_decoder_config", {}).update(
-            model_type="llama", hidden_size=self.hidden_size, num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads, num_key_value_heads=self.num_heads,
-            head_dim=self.hidden_size // self.num_heads, intermediate_size=self.intermediate_size, hidden_act="silu",
-            attention_bias=False, mlp_bias=False, attention_dropout=0.0, vocab_size=self.num_ids + 1,
-            eos_token_id=self.num_ids, bos_token_id=None, max_position_embeddings=131072,
-            num_multi_token_pred=self.num_multi_token_pred, rms_norm_eps=self.rms_norm_eps,
-            initializer_range=self.initializer_range, rope_theta=self.rope_theta, tie_word_embeddings=False,
-            rope_scaling=dict(rope_type="llama3", factor=self.rope_factor, low_freq_factor=self.rope_low_freq_factor,
-                              high_freq_factor=self.rope_high_freq_factor,
-                              original_max_position_embeddings=self.rope_original_length))
-        for name, value in (("gazing_ratio", self.gazing_ratio), ("task_loss_requirement", self.task_loss_requirement)):
-            section = d.setdefault(f"{name}_config", dict(sample_strategy_during_training="fixed"))
-            section["sample_strategy_during_inference"] = "fixed"
-            section["fixed"] = {name: 0.7 if value is None else value}
-        d.setdefault("gazing_ratio_each_frame_config", dict(
-            sample_strategy_during_training="uniform", sample_strategy_during_inference="uniform", uniform={}))
-        d.setdefault("has_task_loss_requirement_during_training", False)
-        d.update(architectures=["AutoGaze"], model_type="autogaze", scales=self.scales,
-                 max_num_frames=self.max_num_frames, num_vision_tokens_each_frame=self.num_ids,
-                 reference_decoding=self.reference_decoding,
-                 has_task_loss_requirement_during_inference=self.task_loss_requirement is not None)
-        Path(path).write_text(json.dumps(d, indent=2) + "\n")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # encoder: causal in time, one token per patch of the finest scale
@@ -308,20 +244,6 @@ def take(x, index):  # rows of x (B, L, D) at index (B, M) -> (B, M, D)
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 
-# Our module names against those in published files: prefixes, first match wins.
-PUBLISHED_NAMES = (("encoder.", "gazing_model.vision_model."), ("pos_embed", "gazing_model.connector.pos_embed"),
-                   ("decoder.", "gazing_model.gaze_decoder.model."), ("", "gazing_model.gaze_decoder."))
-LICENCES = {"nvidia/AutoGaze": "NVIDIA licence, non-commercial research only",
-            "bfshi/VideoMAE_AutoGaze": "NVIDIA licence, non-commercial research only",
-            "facebook/vit-mae-large": "Apache-2.0", "facebook/dinov2-with-registers-base": "Apache-2.0",
-            "google/siglip2-base-patch16-224": "Apache-2.0"}
-
-
-def published_name(name):
-    ours, theirs = next((o, t) for o, t in PUBLISHED_NAMES if name.startswith(o))
-    return theirs + name[len(ours):]
-
-
 class Gaze(nn.Module):
     """Encoder, decoder and two multi-token heads (paper, section 3.2). Pixels come normalised by data.normalize."""
 
@@ -342,27 +264,14 @@ class Gaze(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """Load config.json + model.safetensors from a folder or a hub id. ValueError names tensors that do not fit."""
-        folder = Path(folder)
-        if is_hub_id(folder):
-            folder = download(str(folder), ["model.safetensors"])
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
-        gaze = cls(GazeConfig.from_file(folder / "config.json"))
-        file = folder / "model.safetensors"
-        assign(gaze, load_tensors(file), f"{file} and its config.json", published_name)
+        settings, tensors, source = load_gaze(folder)
+        gaze = cls(GazeConfig(**settings))
+        assign(gaze, tensors, source, published_name)
         return gaze
 
     def save_pretrained(self, folder):
         """Write config.json + model.safetensors, readable by the published code. A file appears whole or not at all."""
-        from safetensors.torch import save_file
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {published_name(n): p.detach().cpu().contiguous() for n, p in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-        self.config.to_file(folder / "config.json.tmp")
-        for name in ("config.json", "model.safetensors"):
-            os.replace(folder / (name + ".tmp"), folder / name)
+        save_gaze(folder, self.state_dict(), self.config)
 
     # ---- scoring given gazes
 
@@ -444,6 +353,7 @@ class Gaze(nn.Module):
             if value is not None and torch.as_tensor(value).dim() > 0 and torch.as_tensor(value).shape[-1] != T:
                 raise ValueError(f"{name} has values for {torch.as_tensor(value).shape[-1]} frames, the video has {T}")
         if target_scales is not None or target_patch_size is not None:
+            from tiling import Tiling  # it needs this file
             tiling = Tiling(self.config, target_scales, target_patch_size)
             out = self.generate(tiling.cut(video), tiling.repeat(gazing_ratio), tiling.repeat(task_loss_requirement),
                                 temperature, reference, generator, num_copies)
@@ -461,15 +371,9 @@ class Gaze(nn.Module):
             return stream.run(self.embed(video)[0].repeat(num_copies, 1, 1, 1))
 
     def stream(self, batch_size=1, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None,
-               generator=None, target_scales=None, target_patch_size=None):
+               generator=None):
         """Frame in, gaze out: an object whose step(frame (B, 3, R', R')) returns that frame's gaze dict."""
-        tiling = None
-        if target_scales is not None or target_patch_size is not None:
-            tiling = Tiling(self.config, target_scales, target_patch_size)
-            batch_size *= tiling.rows * tiling.columns
-            gazing_ratio, task_loss_requirement = map(tiling.repeat, (gazing_ratio, task_loss_requirement))
-        stream = GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator,
-                            tiling)
+        stream = GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator)
         # room for the usual clip: a frame during which the cache has to grow takes up to twice its time
         c = self.config
         stream.reserve(c.max_num_frames * (c.ids_per_scale[-1] + min(int(stream.budget(0).max()), c.num_ids // 4)))
@@ -543,65 +447,6 @@ def per_clip_and_frame(value, B, name):
     return at
 
 
-def as_sides(scales):
-    """"56+112", or a list of ints or (height, width) pairs -> list of (height, width). TypeError or ValueError."""
-    sides = [int(s) for s in scales.split("+")] if isinstance(scales, str) else scales
-    return [(int(s[0]), int(s[1])) if isinstance(s, (tuple, list)) else (operator.index(s),) * 2 for s in sides]
-
-
-class Tiling:
-    """Gazes for an encoder with other resolutions or patches.
-
-    target_scales: as many sides as the model has scales, "64+128", ints or (height, width) pairs; None: the model's
-    times target_patch_size / patch_size. A tile holds as many target patches as the model's finest grid has and is
-    gazed at on its own, at the ratio asked for; the tiles' masks are put together and cropped, so gazes in the padding
-    vanish. The order of gazing is lost: ids of a frame ascend.
-    """
-
-    def __init__(self, config, target_scales, target_patch_size):
-        self.patch = p = target_patch_size or config.patch_size
-        if target_scales is None:
-            target_scales = [s * p // config.patch_size for s in config.scale_list]
-        sides = as_sides(target_scales)
-        self.sides = [s // config.patch_size for s in config.scale_list]  # of a tile's grids, in patches
-        self.grids = [(h // p, w // p) for h, w in sides]  # of the whole frame
-        self.size = sides[-1]
-        # a fraction of a patch at the border counts: a tile must cover it
-        self.rows, self.columns = (math.ceil(n / p / self.sides[-1]) for n in self.size)
-        if len(sides) != len(self.sides) or any(
-                h < 1 or w < 1 or h > self.rows * g or w > self.columns * g
-                for (h, w), g in zip(self.grids, self.sides, strict=False)):
-            raise ValueError(f"target_scales={target_scales}, target_patch_size={p} do not fit scales={config.scales}: "
-                             f"as many, in about the same proportions, at least {p} pixels each")
-
-    def cut(self, video):
-        """video (B, T, 3, H, W), resized to the finest target scale, padded with 0 -> tiles (B·rows·columns, T, 3, …),
-        b, then row, then column."""
-        x = video.flatten(0, 1)
-        if x.shape[-2:] != self.size:
-            x = F.interpolate(x, self.size, mode="bicubic", align_corners=False)
-        tile = self.sides[-1] * self.patch
-        x = F.pad(x, (0, self.columns * tile - self.size[1], 0, self.rows * tile - self.size[0]))
-        return rearrange(x, "(b t) c (i h) (j w) -> (b i j) t c h w", b=len(video), i=self.rows, j=self.columns)
-
-    def repeat(self, value):
-        """Values per clip and frame -> per tile and frame; others as they are."""
-        if value is None or torch.as_tensor(value).dim() < 2 or len(value) == 1:
-            return value
-        return torch.as_tensor(value).repeat_interleave(self.rows * self.columns, dim=0)
-
-    def join(self, masks):
-        """gazing_mask of the tiles -> gaze dict of whole frames, with gazing_mask; ids count the target's patches."""
-        whole = [rearrange(m, "(b i j) t (h w) -> b t (i h) (j w)", i=self.rows, j=self.columns, h=g)[:, :, :h, :w]
-                 .flatten(2) for m, g, (h, w) in zip(masks, self.sides, self.grids, strict=True)]
-        seen, frames = torch.cat(whole, dim=2).bool(), []
-        for t, frame in enumerate(seen.unbind(1)):
-            n = frame.sum(1, keepdim=True)
-            padded = torch.arange(int(n.max()), device=n.device) >= n
-            frames.append((pack_front(frame)[0][:, :padded.shape[1]] + seen.shape[2] * t, padded))
-        return join_frames(frames) | {"gazing_mask": whole}
-
-
 class GazeStream:
     """The state of decoding: the encoder's last frames, the KV cache, and the last block of gazes not yet in it.
 
@@ -609,10 +454,8 @@ class GazeStream:
     its batch neighbours do, and a token's RoPE position is its index.
     """
 
-    def __init__(self, model, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator,
-                 tiling=None):
-        c, self.tiling = model.config, tiling
-        self.c = c
+    def __init__(self, model, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator):
+        c = self.c = model.config
         self.model, self.B, self.temperature, self.generator = model, batch_size, temperature, generator
         self.reference = c.reference_decoding if reference is None else reference
         if gazing_ratio is None and task_loss_requirement is None:
@@ -641,11 +484,9 @@ class GazeStream:
     @torch.no_grad()
     def step(self, frame):
         """frame (B, 3, R', R') normalised pixels -> this frame's gaze dict; gazing_pos counts within the frame."""
-        video = frame.unsqueeze(1)
-        vision, self.past = self.model.embed(self.tiling.cut(video) if self.tiling else video, self.past)
+        vision, self.past = self.model.embed(frame.unsqueeze(1), self.past)
         gazing = join_frames([self.gaze_frame(vision[:, 0])])
-        mask = self.model.gazing_mask(gazing)
-        return self.tiling.join(mask) if self.tiling else gazing | {"gazing_mask": mask}
+        return gazing | {"gazing_mask": self.model.gazing_mask(gazing)}
 
     @torch.no_grad()
     def run(self, vision):  # (B, T, P, D): all frames at once
@@ -781,62 +622,6 @@ class GazeStream:
         if self.reference and logits.shape[-1] > 50:  # the published code samples through its library's top-50 filter
             logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], float("-inf"))
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
-
-
-def load_tensors(file):
-    """{name: tensor} of a safetensors file, mapped, not read: memory holds what gets used, once."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is cut off or no safetensors file: copy it again ({error})") from error
-
-
-def assign(module, tensors, source, name=lambda n: n):
-    """Make `tensors` (name -> tensor) the weights of module, in float32; those that are already are not copied. `name`
-    turns the module's names into theirs. ValueError names what is missing, unexpected or of another shape."""
-    want = {name(n): (n, p.shape) for n, p in module.state_dict().items()}
-    wrong = [f"missing {n}" for n in want if n not in tensors] + [f"unexpected {n}" for n in tensors if n not in want]
-    wrong += [f"{n} is {tuple(t.shape)}, the config needs {tuple(want[n][1])}" for n, t in tensors.items()
-              if n in want and t.shape != want[n][1]]
-    if wrong:
-        raise ValueError(f"{source} do not fit: " + "; ".join(wrong[:8])
-                         + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
-    module.load_state_dict({want[n][0]: t.float() for n, t in tensors.items()}, assign=True)
-
-
-def is_hub_id(path):
-    """Whether path, which is no folder here, looks like owner/name on the Hugging Face hub."""
-    path = Path(path)
-    return not path.exists() and len(path.parts) == 2 and not path.parent.exists()
-
-
-def announce(hub_id):
-    licence = LICENCES.get(hub_id, "see its page there for the licence")
-    print(f"fetching {hub_id} from huggingface.co, unless cached; licence: {licence}")
-
-
-def download(hub_id, weights):
-    """Fetch config.json and the first of the files `weights` that a hub repository has; their folder in the cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-    announce(hub_id)
-    folder, error, offline = None, None, False
-    for file in ("config.json", *weights):
-        try:
-            folder = Path(hf_hub_download(hub_id, file, local_files_only=offline)).parent
-        except EntryNotFoundError as e:
-            error, offline = e, isinstance(e, LocalEntryNotFoundError)  # no connection: what is cached must do
-            continue
-        except Exception as e:  # whatever a wrong name or missing rights raise
-            folder, error = None, e
-            break
-        if file in weights:
-            break
-    if folder is None:
-        raise FileNotFoundError(f"{hub_id}: neither a folder here nor reachable on the hub ({type(error).__name__})")
-    return folder
 
 
 def describe(config):

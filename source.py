@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from data import VideoError, count_frames, normalize, quarter_turns, resize, resize_crop, video_stream
-from model import Tiling
+from tiling import Tiling
 
 
 def probe(path):

@@ -21,7 +21,8 @@ import common
 import configurator
 import model
 import viz
-from data import Clips, check_labels, collate, collate_gaze, load_labels, normalize
+from data import Clips, collate, collate_gaze, normalize
+from label_files import check_labels, load_labels
 from model import Gaze, GazeConfig
 from videomae import check_fit, load_videomae
 

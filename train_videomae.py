@@ -103,7 +103,7 @@ def draw_budgets(cfg, V, generator):
 @torch.no_grad()
 def evaluate(mae, loader, cfg, device):
     """Mean loss over validation clips with fixed random gazes, all frames; and one picture's tensors."""
-    V, total, count, picture = sum(mae.config.ids_per_scale), 0.0, 0, None
+    V, total, count, picture = mae.config.num_ids, 0.0, 0, None
     for i, batch in enumerate(loader):
         generator = torch.Generator().manual_seed(i)  # the same gazes at every evaluation
         video = normalize(batch["video"].to(device))
@@ -137,7 +137,7 @@ def main():
     else:
         mae = VideoMAE.from_pretrained(cfg.init_from, model_cfg, **loss_args)
     mae.to(device)
-    V = sum(model_cfg.ids_per_scale)
+    V = model_cfg.num_ids
 
     # ---- data
     R = model_cfg.image_size

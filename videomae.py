@@ -11,8 +11,6 @@ Dimension key: B clips, T frames, F frames to reconstruct, S scales, V patch ids
 D width.
 """
 import json
-import os
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from data import IMAGE_MEAN, IMAGE_STD
-from model import announce, assign, download, is_hub_id, load_tensors
+from weights import announce, assign, download, is_hub_id, old_name, read_tensors, save_folder
 
 WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
 # Parameters that a plain ViTMAE lacks; taken as start weights they are drawn anew.
@@ -31,13 +29,6 @@ VIDEO_ONLY = ("vit.embeddings.scale_embed", "vit.embeddings.time_embed", "decode
 # Perceptual networks: hub id of the published loss, mean and spread of the pixels that they expect.
 NETWORKS = {"dinov2_reg": ("facebook/dinov2-with-registers-base", IMAGE_MEAN, IMAGE_STD),
             "siglip2": ("google/siglip2-base-patch16-224", (0.5,) * 3, (0.5,) * 3)}
-# Names since transformers 5, in memory and as it writes them, against those of transformers 4 and of published files.
-NEW_NAMES = (("vit.layers.", "vit.encoder.layer."), ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
-             ("attention.q_proj.", "attention.attention.query."), ("attention.k_proj.", "attention.attention.key."),
-             ("attention.v_proj.", "attention.attention.value."), ("attention.o_proj.", "attention.output.dense."),
-             ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."))
-
-
 @dataclass
 class VideoMAEConfig:
     """Field names of Hugging Face's ViTMAEConfig plus scales and max_num_frames. Defaults: the published ViT-L."""
@@ -69,6 +60,10 @@ class VideoMAEConfig:
     @property
     def ids_per_scale(self):
         return [(s // self.patch_size) ** 2 for s in self.scale_list]
+
+    @property
+    def num_ids(self):  # V
+        return sum(self.ids_per_scale)
 
     @classmethod
     def from_file(cls, path):
@@ -194,7 +189,7 @@ class Embeddings(nn.Module):
 
     def forward(self, patches, pos):
         """patches (…, 3·p·p) and their ids + V·t (…) -> tokens (…, D): only what is gazed gets embedded."""
-        V, conv = sum(self.c.ids_per_scale), self.patch_embeddings.projection
+        V, conv = self.c.num_ids, self.patch_embeddings.projection
         x = F.linear(patches, conv.weight.flatten(1), conv.bias)
         return x + self.grid_positions()[pos % V] + self.time_embed[pos // V]
 
@@ -236,21 +231,6 @@ class Decoder(nn.Module):
         x = self.decoder_pred(self.decoder_norm(x))
         return rearrange(x, "... (h w) (p q c) -> ... c (h p) (w q)", h=c.image_size // c.patch_size, p=c.patch_size,
                          q=c.patch_size)
-
-
-def read_tensors(path):
-    """{name: tensor} of a state-dict file. The file is mapped, not read: memory holds what gets used, once."""
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # before 1.6: no zip
-
-
-def old_name(name):
-    """A parameter's name as in transformers 4's ViTMAE, whichever version it comes from. The perceptual networks' names
-    become comparable: those of the file and those of the installed version go through it alike."""
-    for new, old in NEW_NAMES:
-        name = name.replace(new, old)
-    return name.removeprefix("vision_model.")  # SigLIP's
 
 
 class VideoMAE(nn.Module):
@@ -314,17 +294,9 @@ class VideoMAE(nn.Module):
         return mae
 
     def save_pretrained(self, folder):
-        """Write config.json + model.safetensors, whole or not at all; perceptual networks are left out."""
-        from safetensors.torch import save_file
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: p.detach().cpu().contiguous() for n, p in self.state_dict().items()
-                   if not n.startswith("loss.")}
-        save_file(weights, folder / "model.safetensors.tmp")
-        config = asdict(self.config) | {"model_type": "vit_mae"}
-        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-        for name in ("config.json", "model.safetensors"):
-            os.replace(folder / (name + ".tmp"), folder / name)
+        """Write config.json + model.safetensors; perceptual networks are left out."""
+        weights = {n: p for n, p in self.state_dict().items() if not n.startswith("loss.")}
+        save_folder(folder, weights, asdict(self.config) | {"model_type": "vit_mae"})
 
     def freeze(self):
         return self.eval().requires_grad_(False)
@@ -371,7 +343,7 @@ class VideoMAE(nn.Module):
 
     def decode(self, x, pos, padded, n, frames):
         """x (rows, 1 + N, D) encoded CLS, gazes -> pixels of `frames`. These get all V tokens, others their gazes."""
-        d, V = self.decoder, sum(self.config.ids_per_scale)
+        d, V = self.decoder, self.config.num_ids
         rows, P = len(x), self.config.ids_per_scale[-1]
         seen, grid = d.decoder_embed(x[:, 1:]), d.grid_positions()
         parts, keep, ends, at, full_at = [d.cls(x[:, :1])], [padded.new_ones(rows, 1)], [1], 0, {}

@@ -23,8 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import announce, as_sides, is_hub_id
+from tiling import as_sides
 from videomae import block_causal_attention
+from weights import announce, is_hub_id
 
 ATTENTION = ("block_causal", "causal", "bidirectional")
 

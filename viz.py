@@ -24,7 +24,7 @@ def to_image(x):
 
 def gazed_boxes(gazing, config, row=0):
     """Per frame, a list of (scale index, y0, x0, side) in pixels of the finest scale, in the order of gazing."""
-    V, out, at = sum(config.ids_per_scale), [], 0
+    V, out, at = config.num_ids, [], 0
     starts = np.cumsum([0, *config.ids_per_scale])
     for t, n_t in enumerate(gazing["num_gazing_each_frame"].tolist()):
         boxes = []

@@ -11,7 +11,7 @@ from conftest import tiny_gaze, tiny_mae
 import common
 import data
 import label
-import pack
+import label_files
 import train_grpo
 import train_ntp
 import train_videomae
@@ -107,7 +107,7 @@ def test_labels(tmp_path, toy, good, text, says, packed):
     path = tmp_path / "labels.json"
     path.write_text(text(good))
     with pytest.raises(ValueError, match=says.replace("labels.json", r"labels\.(json|packed)")):
-        path = pack.pack_labels(path) if packed else path
+        path = label_files.pack_labels(path) if packed else path
         call(train_ntp, *SIZES, f"--root={toy}", f"--labels={path}", f"--out_dir={tmp_path}")
     assert not (tmp_path / "last.pt").exists()
 
@@ -116,7 +116,7 @@ def test_labels(tmp_path, toy, good, text, says, packed):
 def test_empty_frames_are_allowed(tmp_path, toy, good, packed):
     path = tmp_path / "labels.json"
     path.write_text(json.dumps(good))
-    path = pack.pack_labels(path) if packed else path
+    path = label_files.pack_labels(path) if packed else path
     call(train_ntp, *SIZES, f"--root={toy}", f"--labels={path}", f"--out_dir={tmp_path}", "--steps=1")
 
 
@@ -166,9 +166,9 @@ def disk_full(folder, toy):
 
 def damaged_pack(folder, toy):
     (folder / "l.json").write_text('{"a/b/c.mp4": {"gazing_pos": [[1]], "task_losses": [[0.5]]}}')
-    packed = pack.pack_labels(folder / "l.json")
+    packed = label_files.pack_labels(folder / "l.json")
     (packed / "gazing_pos.bin").write_bytes(b"12")
-    data.load_labels(packed)
+    label_files.load_labels(packed)
 
 
 def wandb_missing(folder, toy):
@@ -190,7 +190,7 @@ def wandb_missing(folder, toy):
     (other_scales, ValueError, r"scales 8\+32.*16\+32"),
     (disk_full, OSError, "last.pt could not be written, the one before it is kept: is the disk full"),
     (damaged_pack, ValueError, "gazing_pos.bin has 2 bytes, 4 expected"),
-    (lambda f, toy: data.load_labels(f), ValueError, "labels=.*not a folder written by"),
+    (lambda f, toy: label_files.load_labels(f), ValueError, "labels=.*not a folder written by"),
     (lambda f, toy: data.list_videos(f / "none", "train"), FileNotFoundError, "none does not exist: expected videos"),
     (wandb_missing, ValueError, "wandb=x needs the package: pip install wandb")])
 def test_files(tmp_path, toy, do, error, says):

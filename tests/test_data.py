@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import data
+import label_files
 import make_data
-import pack
 
 
 def write(path, frames, container_options=None):
@@ -331,7 +331,7 @@ def test_random_start(tmp_path):
 def test_labelled_clips(root, tmp_path, capsys):
     label = {"gazing_pos": [[1, 0], []], "task_losses": [[0.5, 0.4], []]}
     (tmp_path / "labels.json").write_text(json.dumps({"set/train/c.mp4": label, "set/train/gone.mp4": label}))
-    labels = data.load_labels(tmp_path / "labels.json")
+    labels = label_files.load_labels(tmp_path / "labels.json")
     clips = data.Clips(root, "train", 2, 16, labels=labels)
     assert "1 videos" in capsys.readouterr().out
     assert len(clips) == 1 and data.collate([clips[0]])["gazing_pos"] == [label["gazing_pos"]]
@@ -343,7 +343,7 @@ def test_labelled_clips(root, tmp_path, capsys):
 def test_broken_label_file(tmp_path, text):
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(ValueError, match="labels.json"):
-        data.load_labels(tmp_path / "labels.json")
+        label_files.load_labels(tmp_path / "labels.json")
 
 
 GOOD = ([[3, 1], [], [9]], [[0.5, 0.4], [], [0.1]])  # 3 frames of 4 ids
@@ -361,9 +361,9 @@ GOOD = ([[3, 1], [], [9]], [[0.5, 0.4], [], [0.1]])  # 3 frames of 4 ids
     (GOOD[0], [[0.5, 0.4], [], [float("nan")]], "frame 2 has a loss"),
     (GOOD[0], [[0.5, 0.4], [], [None]], "frame 2 has a loss")])
 def test_check_label(pos, losses, message):
-    data.check_label("key", {"gazing_pos": GOOD[0], "task_losses": GOOD[1]}, 3, 4, "l.json")
+    label_files.check_label("key", {"gazing_pos": GOOD[0], "task_losses": GOOD[1]}, 3, 4, "l.json")
     with pytest.raises(ValueError, match=message) as error:
-        data.check_label("set/train/a.mp4", {"gazing_pos": pos, "task_losses": losses}, 3, 4, "l.json")
+        label_files.check_label("set/train/a.mp4", {"gazing_pos": pos, "task_losses": losses}, 3, 4, "l.json")
     assert "l.json" in str(error.value) and "set/train/a.mp4" in str(error.value)
 
 
@@ -399,14 +399,14 @@ def labels():
 @pytest.mark.parametrize("indent", [None, 1])
 def test_json_is_read_in_pieces(tmp_path, labels, chunk, indent):
     (tmp_path / "l.json").write_text(json.dumps(labels, indent=indent, ensure_ascii=indent == 1) + "\n")
-    assert dict(pack.json_items(tmp_path / "l.json", chunk)) == labels
+    assert dict(label_files.json_items(tmp_path / "l.json", chunk)) == labels
     (tmp_path / "l.json").write_text(" { } ")
-    assert list(pack.json_items(tmp_path / "l.json", chunk)) == []
+    assert list(label_files.json_items(tmp_path / "l.json", chunk)) == []
 
 
 def test_packed_labels(tmp_path, labels):
     (tmp_path / "l.json").write_text(json.dumps(labels))
-    packed = data.load_labels(pack.pack_labels(tmp_path / "l.json"))
+    packed = label_files.load_labels(label_files.pack_labels(tmp_path / "l.json"))
     assert len(packed) == 40 and set(packed) == set(labels)
     for key, label in labels.items():
         assert packed[key]["gazing_pos"] == label["gazing_pos"]
@@ -418,32 +418,33 @@ def test_packed_labels(tmp_path, labels):
         with pytest.raises(KeyError):
             packed[missing]
     assert packed.fits(3, 9) and not packed.fits(4, 9) and not packed.fits(3, 8) and not packed.fits(3, 10)
-    data.check_labels(packed, 3, 9, "l")
+    label_files.check_labels(packed, 3, 9, "l")
     copied = pickle.dumps(packed)
     assert len(copied) < 300 and pickle.loads(copied)[key] == packed[key], "workers get the path, not the labels"
     (tmp_path / "l.json").write_text(json.dumps(labels) + " ")
     with pytest.warns(UserWarning, match="changed since it was packed"):
-        data.load_labels(tmp_path / "l.packed")
+        label_files.load_labels(tmp_path / "l.packed")
     (tmp_path / "bad.json").write_text(json.dumps(labels | {"x": {"gazing_pos": [], "task_losses": []}}))
     with pytest.raises(ValueError, match="expected 3"):
-        pack.pack_labels(tmp_path / "bad.json", tmp_path / "l.packed")
+        label_files.pack_labels(tmp_path / "bad.json", tmp_path / "l.packed")
     with pytest.warns(UserWarning):
-        assert len(data.load_labels(tmp_path / "l.packed")) == 40, "what was packed before survives"
+        assert len(label_files.load_labels(tmp_path / "l.packed")) == 40, "what was packed before survives"
     with pytest.raises(FileExistsError, match="another name"):
-        pack.pack_labels(tmp_path / "l.json", tmp_path)
+        label_files.pack_labels(tmp_path / "l.json", tmp_path)
 
 
 def test_two_labels_of_a_name(tmp_path):
     (tmp_path / "l.json").write_text('{"a": {"gazing_pos": [], "task_losses": []}, "a": {"gazing_pos": [], '
                                      '"task_losses": []}}')
     with pytest.raises(ValueError, match="two labels for 'a'"):
-        pack.pack_labels(tmp_path / "l.json")
+        label_files.pack_labels(tmp_path / "l.json")
 
 
 def test_packed_labelled_clips(root, tmp_path):
     label = {"gazing_pos": [[1, 0], []], "task_losses": [[0.5, 0.25], []]}
     (tmp_path / "l.json").write_text(json.dumps({f"set/train/{n}.mp4": label for n in "cax"}))
-    clips = data.Clips(root, "train", 2, 16, labels=data.load_labels(pack.pack_labels(tmp_path / "l.json")))
+    packed = label_files.pack_labels(tmp_path / "l.json")
+    clips = data.Clips(root, "train", 2, 16, labels=label_files.load_labels(packed))
     assert [clips[i]["key"][-5] for i in range(len(clips))] == ["a", "c"]
     assert clips[1]["gazing_pos"] == label["gazing_pos"] and clips[1]["task_losses"] == label["task_losses"]
 

@@ -13,7 +13,8 @@ from conftest import normal_video, tiny_mae
 
 import common
 import label
-from data import check_label, collate_gaze, load_labels
+from data import collate_gaze
+from label_files import check_label, load_labels
 from model import join_frames
 from videomae import ReconstructionLoss
 

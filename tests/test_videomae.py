@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import videomae
+import weights
 from videomae import ReconstructionLoss, VideoMAE, VideoMAEConfig
 
 V, T = 20, 4
@@ -230,7 +231,7 @@ def test_where_networks_come_from(tmp_path, mae, networks):
         for n, t in load_file(folder / "model.safetensors").items():
             old[f"{term}.{n}"] = new[f"{term}.{n}"] = t + 0.1
     for k in list(old):
-        for a, b in videomae.NEW_NAMES[2:6]:
+        for a, b in weights.NEW_NAMES[2:6]:
             if k.startswith("dinov2_reg.") and b in k:
                 new[k.replace(b, a)] = new.pop(k)
         if "siglip2." in k:

@@ -1,25 +1,84 @@
-"""Packed labels: gigabytes of JSON become arrays that are mapped into memory, so opening takes no time, and all workers
-and ranks of a machine share one copy.
+"""Label files: read, checked, and packed. Packed, gigabytes of JSON are arrays that are mapped into memory, so opening
+takes no time, and all workers and ranks of a machine share one copy.
 
     python data.py pack labels.json [labels.packed]      # a folder; train_ntp.py takes it as --labels=labels.packed
 """
-
 import json
 import math
 import os
 import re
 import shutil
 import time
+import warnings
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data import check_fields, check_label
-
 PACKED_VERSION = 1
 LARGEST_LABEL = 1 << 26  # characters of JSON; one clip's label has thousands
+
+
+def load_labels(path):
+    """{key: {"gazing_pos": ids + V*t per frame, "task_losses": per frame}}; task_losses[t][j] is the reconstruction
+    loss of frame t after its gaze j. path: a JSON file, read into memory, or the folder that pack_labels made of it."""
+    if Path(path).is_dir():
+        labels = PackedLabels(path)
+        source, size = labels.source["path"], labels.source["bytes"]
+        if os.path.exists(source) and os.path.getsize(source) != size and os.environ.get("RANK", "0") == "0":
+            warnings.warn(f"labels={path}: {source} has changed since it was packed", stacklevel=2)
+        return labels
+    with open(path, encoding="utf-8") as f:
+        try:
+            labels = json.load(f)
+        except ValueError as error:
+            raise ValueError(f"label file {path} is not valid JSON, was it cut off? ({error})") from error
+    if not isinstance(labels, dict):
+        raise ValueError(f"label file {path}: expected an object of labels by video, found a {type(labels).__name__}")
+    for key, label in labels.items():
+        check_fields(key, label, path)
+    return labels
+
+
+def check_fields(key, label, path):
+    if not isinstance(label, dict) or not {"gazing_pos", "task_losses"} <= label.keys():
+        raise ValueError(f"label file {path}: {key!r} needs 'gazing_pos' and 'task_losses'")
+    for name in ("gazing_pos", "task_losses"):
+        if not isinstance(label[name], list) or not all(isinstance(frame, list) for frame in label[name]):
+            raise ValueError(f"label file {path}: {key!r} needs a list per frame in {name!r}")
+
+
+def check_labels(labels, n_frames, n_ids, path):
+    """check_label for all of them. Packed ones were checked while packing, so their bounds per frame are enough."""
+    if not isinstance(labels, dict) and labels.fits(n_frames, n_ids):
+        return
+    for key, label in labels.items():
+        check_label(key, label, n_frames, n_ids, path)
+
+
+def check_label(key, label, n_frames, n_ids, path):
+    """Raise ValueError unless the label fits clips of n_frames frames and n_ids patch ids per frame (None: not known).
+    Frames may be empty. A frame's ids must be its own (V*t .. V*t + V - 1), no id twice, each with a finite loss."""
+    pos, losses = label["gazing_pos"], label["task_losses"]
+    where = f"label file {path}: {key!r}"
+    if len(pos) != n_frames or len(losses) != n_frames:
+        raise ValueError(f"{where} has {len(pos)} frames of gazes and {len(losses)} of losses, expected {n_frames}")
+    for t, (ids, values) in enumerate(zip(pos, losses, strict=True)):
+        lo, hi = (n_ids * t, n_ids * (t + 1)) if n_ids else (0, math.inf)
+        if len(ids) != len(values):
+            raise ValueError(f"{where} frame {t} has {len(ids)} gazes but {len(values)} losses")
+        for i in ids:
+            if not isinstance(i, int) or not lo <= i < hi:
+                raise ValueError(f"{where} frame {t}: id {i} is not in {lo}..{hi - 1} (other scales or patch size?)")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{where} frame {t} takes a patch twice: {sorted(i for i in ids if ids.count(i) > 1)[0]}")
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+            raise ValueError(f"{where} frame {t} has a loss that is not a finite number")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# packed
 
 
 class PackedLabels:

@@ -1,0 +1,199 @@
+"""Weight files: the published formats, in and out, and the Hugging Face hub.
+
+model.py, videomae.py and vit.py load and save through here; what the models compute can be read without it.
+"""
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+# Our module names against those in published files: prefixes, first match wins.
+PUBLISHED_NAMES = (("encoder.", "gazing_model.vision_model."), ("pos_embed", "gazing_model.connector.pos_embed"),
+                   ("decoder.", "gazing_model.gaze_decoder.model."), ("", "gazing_model.gaze_decoder."))
+# Names since transformers 5, in memory and as it writes them, against those of transformers 4 and of published files.
+NEW_NAMES = (("vit.layers.", "vit.encoder.layer."), ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
+             ("attention.q_proj.", "attention.attention.query."), ("attention.k_proj.", "attention.attention.key."),
+             ("attention.v_proj.", "attention.attention.value."), ("attention.o_proj.", "attention.output.dense."),
+             ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."))
+LICENCES = {"nvidia/AutoGaze": "NVIDIA licence, non-commercial research only",
+            "bfshi/VideoMAE_AutoGaze": "NVIDIA licence, non-commercial research only",
+            "facebook/vit-mae-large": "Apache-2.0", "facebook/dinov2-with-registers-base": "Apache-2.0",
+            "google/siglip2-base-patch16-224": "Apache-2.0"}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def read_tensors(file):
+    """{name: tensor} of a state-dict file. The file is mapped, not read: memory holds what gets used, once. ValueError:
+    it is cut off or something else."""
+    from safetensors.torch import load_file
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # old: no zip
+        tensors.items()
+        return tensors
+    except Exception as error:  # of many kinds: safetensors', pickle's, zip's
+        raise ValueError(f"{file} is cut off or no file of weights: copy it again "
+                         f"({type(error).__name__}: {error})") from error
+
+
+def save_folder(folder, tensors, config):
+    """Write config.json + model.safetensors, as transformers names them. A file appears whole or not at all."""
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("config.json", "model.safetensors"):
+        os.replace(folder / (name + ".tmp"), folder / name)
+
+
+def assign(module, tensors, source, name=lambda n: n):
+    """Make `tensors` (name -> tensor) the weights of module, in float32; those that are already are not copied. `name`
+    turns the module's names into theirs. ValueError names what is missing, unexpected or of another shape."""
+    want = {name(n): (n, p.shape) for n, p in module.state_dict().items()}
+    wrong = [f"missing {n}" for n in want if n not in tensors] + [f"unexpected {n}" for n in tensors if n not in want]
+    wrong += [f"{n} is {tuple(t.shape)}, the config needs {tuple(want[n][1])}" for n, t in tensors.items()
+              if n in want and t.shape != want[n][1]]
+    if wrong:
+        raise ValueError(f"{source} do not fit: " + "; ".join(wrong[:8])
+                         + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+    module.load_state_dict({want[n][0]: t.float() for n, t in tensors.items()}, assign=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# names
+
+
+def published_name(name):
+    ours, theirs = next((o, t) for o, t in PUBLISHED_NAMES if name.startswith(o))
+    return theirs + name[len(ours):]
+
+
+def old_name(name):
+    """A parameter's name as in transformers 4's ViTMAE, whichever version it comes from. The perceptual networks' names
+    become comparable: those of the file and those of the installed version go through it alike."""
+    for new, old in NEW_NAMES:
+        name = name.replace(new, old)
+    return name.removeprefix("vision_model.")  # SigLIP's
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the gaze model's folders
+
+
+def load_gaze(folder):
+    """(arguments of GazeConfig, {published name: tensor}, where they come from) of a folder or a hub id."""
+    folder = download(str(folder), ["model.safetensors"]) if is_hub_id(folder) else Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
+    file = folder / "model.safetensors"
+    return read_gaze_config(folder / "config.json"), read_tensors(file), f"{file} and its config.json"
+
+
+def save_gaze(folder, state, config):
+    save_folder(folder, {published_name(n): t for n, t in state.items()}, gaze_config_json(config))
+
+
+def read_gaze_config(path):
+    """Arguments of GazeConfig from a config.json as the published code writes it. ValueError: a key is missing."""
+    d = json.loads(Path(path).read_text())
+    try:
+        g = d["gaze_model_config"]
+        vision, decoder = g["vision_model_config"], g["gaze_decoder_config"]
+        rope = decoder.get("rope_scaling") or decoder["rope_parameters"]
+        needs = d.get("has_task_loss_requirement_during_inference", False)
+        return dict(
+            scales=str(d["scales"]), patch_size=vision["kernel_size"], max_num_frames=d["max_num_frames"],
+            hidden_size=decoder["hidden_size"], num_layers=decoder["num_hidden_layers"],
+            num_heads=decoder["num_attention_heads"], intermediate_size=decoder["intermediate_size"],
+            num_conv_blocks=vision["depth"], num_multi_token_pred=decoder["num_multi_token_pred"],
+            rms_norm_eps=decoder["rms_norm_eps"], initializer_range=decoder.get("initializer_range", 0.02),
+            rope_theta=decoder.get("rope_theta") or rope["rope_theta"],
+            rope_factor=rope["factor"], rope_low_freq_factor=rope["low_freq_factor"],
+            rope_high_freq_factor=rope["high_freq_factor"],
+            rope_original_length=rope["original_max_position_embeddings"],
+            gazing_ratio=d["gazing_ratio_config"]["fixed"]["gazing_ratio"],
+            task_loss_requirement=(
+                d["task_loss_requirement_config"]["fixed"]["task_loss_requirement"] if needs else None),
+            reference_decoding=d.get("reference_decoding", True), reference_file=d)
+    except KeyError as e:
+        raise ValueError(f"{path}: not the config of a gaze model, key {e} is missing") from None
+
+
+def gaze_config_json(c):
+    """What config.json holds of a model.GazeConfig, in the published layout."""
+    d = json.loads(json.dumps(c.reference_file))  # a deep copy: keys we do not use survive
+    g = d.setdefault("gaze_model_config", {})
+    g.update(input_img_size=c.image_size, num_vision_tokens_each_frame=c.num_ids)
+    g.setdefault("vision_model_config", {}).update(
+        hidden_dim=c.hidden_size, out_dim=c.hidden_size, depth=c.num_conv_blocks,
+        kernel_size=c.patch_size, temporal_patch_size=1, trunk_temporal_kernel_size=3,
+        trunk_spatial_kernel_size=3)
+    g.setdefault("connector_config", {}).update(hidden_dim=c.hidden_size, num_tokens=c.ids_per_scale[-1])
+    g.setdefault("gaze_decoder_config", {}).update(
+        model_type="llama", hidden_size=c.hidden_size, num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads, num_key_value_heads=c.num_heads,
+        head_dim=c.hidden_size // c.num_heads, intermediate_size=c.intermediate_size, hidden_act="silu",
+        attention_bias=False, mlp_bias=False, attention_dropout=0.0, vocab_size=c.num_ids + 1,
+        eos_token_id=c.num_ids, bos_token_id=None, max_position_embeddings=131072,
+        num_multi_token_pred=c.num_multi_token_pred, rms_norm_eps=c.rms_norm_eps,
+        initializer_range=c.initializer_range, rope_theta=c.rope_theta, tie_word_embeddings=False,
+        rope_scaling=dict(rope_type="llama3", factor=c.rope_factor, low_freq_factor=c.rope_low_freq_factor,
+                          high_freq_factor=c.rope_high_freq_factor,
+                          original_max_position_embeddings=c.rope_original_length))
+    for name, value in (("gazing_ratio", c.gazing_ratio), ("task_loss_requirement", c.task_loss_requirement)):
+        section = d.setdefault(f"{name}_config", dict(sample_strategy_during_training="fixed"))
+        section["sample_strategy_during_inference"] = "fixed"
+        section["fixed"] = {name: 0.7 if value is None else value}
+    d.setdefault("gazing_ratio_each_frame_config", dict(
+        sample_strategy_during_training="uniform", sample_strategy_during_inference="uniform", uniform={}))
+    d.setdefault("has_task_loss_requirement_during_training", False)
+    d.update(architectures=["AutoGaze"], model_type="autogaze", scales=c.scales,
+             max_num_frames=c.max_num_frames, num_vision_tokens_each_frame=c.num_ids,
+             reference_decoding=c.reference_decoding,
+             has_task_loss_requirement_during_inference=c.task_loss_requirement is not None)
+    return d
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the hub
+
+
+def is_hub_id(path):
+    """Whether path, which is no folder here, looks like owner/name on the Hugging Face hub."""
+    path = Path(path)
+    return not path.exists() and len(path.parts) == 2 and not path.parent.exists()
+
+
+def announce(hub_id):
+    licence = LICENCES.get(hub_id, "see its page there for the licence")
+    print(f"fetching {hub_id} from huggingface.co, unless cached; licence: {licence}")
+
+
+def download(hub_id, weights):
+    """Fetch config.json and the first of the files `weights` that a hub repository has; their folder in the cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+    announce(hub_id)
+    folder, error, offline = None, None, False
+    for file in ("config.json", *weights):
+        try:
+            folder = Path(hf_hub_download(hub_id, file, local_files_only=offline)).parent
+        except EntryNotFoundError as e:
+            error, offline = e, isinstance(e, LocalEntryNotFoundError)  # no connection: what is cached must do
+            continue
+        except Exception as e:  # whatever a wrong name or missing rights raise
+            folder, error = None, e
+            break
+        if file in weights:
+            break
+    if folder is None:
+        raise FileNotFoundError(f"{hub_id}: neither a folder here nor reachable on the hub ({type(error).__name__})")
+    return folder
