@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from attention import causal_attention
 from weights import assign, load_gaze, published_name, save_gaze
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,27 +139,16 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([b, a], dim=-1) * sin
 
 
-def attend(q, k, v):
-    """Causal attention of queries (B, H, q, d), the last q of the L tokens of keys and values (B, H, L, d)."""
-    past = k.shape[2] - q.shape[2]
-    if past == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # For a CPU, where a mask costs a seventh of the time and the past needs none: both parts by themselves, each
-    # weighted by its sum of exponentials, which only this operator returns.
-    part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    old, old_sum = part(q, k[:, :, :past], v[:, :, :past])
-    new, new_sum = part(q, k[:, :, past:], v[:, :, past:], is_causal=True)
-    return torch.lerp(new, old, torch.sigmoid(old_sum - new_sum).unsqueeze(-1).to(new.dtype))
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.register_buffer("floor", torch.tensor(math.sqrt(dim * eps)), persistent=False)
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        """x / sqrt(mean(x²) + eps) * weight, in half as many passes over x as F.rms_norm takes on a CPU."""
+        size = torch.hypot(torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True), self.floor)
+        return (x * (self.weight * math.sqrt(x.shape[-1])) / size).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -174,16 +164,18 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
 
     def joined(self):
-        """The weights that the same input meets, as one matrix each: (3·D, D) of attention, (2·M, D) of the MLP."""
+        """The weights that the same input meets, as one matrix each: (D, 3·D) of q, k, v, (D, 2·M) of the MLP; then
+        those of the two outputs, (D, D) and (M, D)."""
         attn, mlp = self.self_attn, self.mlp
-        return (torch.cat([attn[n].weight for n in ("q_proj", "k_proj", "v_proj")]),
-                torch.cat([mlp[n].weight for n in ("gate_proj", "up_proj")]))
+        return (torch.cat([attn[n].weight for n in ("q_proj", "k_proj", "v_proj")]).T,
+                torch.cat([mlp[n].weight for n in ("gate_proj", "up_proj")]).T, attn.o_proj.weight.T,
+                mlp.down_proj.weight.T)
 
     def forward(self, x, cos, sin, mask=None, remember=None, wanted=None, joined=None):
         """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them.
         wanted (B, M): the tokens whose output is of use, whose rows `mask` then has; returns (B, M, D)."""
-        qkv, gate_up = joined or self.joined()
-        y = F.linear(self.input_layernorm(x), qkv).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
+        qkv, gate_up, out, down = joined or self.joined()
+        y = (self.input_layernorm(x) @ qkv).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
         y, v = y.split([2 * self.num_heads, self.num_heads], dim=1)  # (B, H, L, d)
         q, k = rotate(y, cos, sin).to(v.dtype).chunk(2, dim=1)  # autocast halves v
         if remember is not None:
@@ -191,10 +183,10 @@ class Layer(nn.Module):
         if wanted is not None:
             x, q = take(x, wanted), take(q.transpose(1, 2).flatten(2), wanted).unflatten(2, (self.num_heads, -1))
             q = q.transpose(1, 2)
-        y = attend(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.self_attn["o_proj"](y.transpose(1, 2).flatten(2))
-        gate, up = F.linear(self.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
-        return x + self.mlp["down_proj"](F.silu(gate) * up)
+        y = causal_attention(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + y.transpose(1, 2).flatten(2) @ out
+        gate, up = (self.post_attention_layernorm(x) @ gate_up).chunk(2, dim=-1)
+        return x + (F.silu(gate) * up) @ down
 
 
 class Decoder(nn.Module):
@@ -209,7 +201,7 @@ class Decoder(nn.Module):
         """x (B, L, D) -> (B, L, D) before the final norm, or only the tokens at wanted (B, M): the last layer leaves
         out the others, of which nothing but keys and values matters there. positions (L,) or (B, L); default 0, 1, 2,
         …, causal. mask (1 | B, 1, L, keys): added to attention scores. joined: of each layer, see
-        Layer.joined. in_parts: the mask is the causal one; layers before the last do without (see attend)."""
+        Layer.joined. in_parts: the mask is the causal one; layers before the last do without (see attention.py)."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         angle = positions.unsqueeze(-1) * self.frequencies.float()  # (…, L, d/2)
@@ -478,7 +470,10 @@ class GazeStream:
         kind = self.device.type  # under autocast keys come in its type: kept so, not turned into it at every step
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else p.dtype
         with torch.no_grad():
-            self.joined = [[w.to(dtype) for w in layer.joined()] for layer in model.decoder.layers]
+            # rows and columns swapped in memory too: quicker for few tokens
+            self.joined = [[w.to(dtype).contiguous() for w in layer.joined()] for layer in model.decoder.layers]
+            heads = torch.cat([model.lm_head.weight, model.task_loss_prediction_head.weight])
+            self.heads = heads.T.to(dtype).contiguous()
         self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads, dtype=dtype)
 
     @torch.no_grad()
@@ -579,14 +574,14 @@ class GazeStream:
         stopped = torch.zeros(B, dtype=torch.bool, device=self.device)
         all_ids, all_padded = [], []
         while True:
-            h = model.decoder.norm(h)
-            logits = model.lm_head(h).view(B, K, V + 1).float()
-            loss = model.task_loss_prediction_head(h).float()
-            ids, padded = [], []
+            logits, loss = (model.decoder.norm(h) @ self.heads).float().split([K * (V + 1), K], dim=1)
+            logits = logits.unflatten(1, (K, V + 1)).masked_fill(banned.unsqueeze(1), float("-inf"))
+            picks, ids, padded = [], [], []
             for i in range(min(K, limit - K * len(all_ids))):
                 j = K * len(all_ids) + i
-                pick = self.choose(logits[:, i].masked_fill(banned, float("-inf")))
-                banned.scatter_(1, pick.unsqueeze(1), True)
+                pick = self.choose(logits[:, i])
+                logits.scatter_(2, pick.view(B, 1, 1).expand(B, K, 1), float("-inf"))
+                picks.append(pick)
                 pad = stopped
                 if may_stop:
                     over = budget <= j
@@ -597,6 +592,7 @@ class GazeStream:
                     pick = pick.masked_fill(pad, V)
                 padded.append(pad)
                 ids.append(pick)
+            banned.scatter_(1, torch.stack(picks, 1), True)
             ids, padded = torch.stack(ids, 1), torch.stack(padded, 1)
             all_ids.append(ids)
             all_padded.append(padded)

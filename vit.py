@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from attention import block_causal_attention
 from tiling import as_sides
-from videomae import block_causal_attention
 from weights import announce, is_hub_id
 
 ATTENTION = ("block_causal", "causal", "bidirectional")

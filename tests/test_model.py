@@ -11,7 +11,8 @@ from conftest import normal_video, tiny_gaze
 from safetensors.torch import load_file, save_file
 
 import model
-from model import Gaze, GazeConfig, attend, join_frames, split_frames
+from attention import causal_attention
+from model import Gaze, GazeConfig, join_frames, split_frames
 
 V, T = 20, 4
 MIXED = torch.tensor([[9, 1, 4, 6], [2, 7, 1, 20], [5, 5, 3, 1]]) / V  # (B, T), rows of unequal length
@@ -124,7 +125,7 @@ def test_frames_of_many_tokens(monkeypatch):
         past.append(k.shape[2] - q.shape[2])
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past[-1])
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    monkeypatch.setattr(model, "attend", masked)
+    monkeypatch.setattr(model, "causal_attention", masked)
     assert torch.equal(gaze.generate(video, ratios[0].tolist())["gazing_pos"], uniform["gazing_pos"])
     assert max(past) > 64, "decoding does not use it"
     for b in range(2):
@@ -138,7 +139,7 @@ def test_attention_to_the_past_and_the_new(past):
     q, k, v = (torch.randn(2, 3, n, 8) for n in (20, past + 20, past + 20))
     mask = torch.ones(20, past + 20, dtype=torch.bool).tril(past)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(attend(q, k, v), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(causal_attention(q, k, v), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reference", [False, True])

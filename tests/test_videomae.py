@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import normal_video, tiny_mae
 from safetensors.torch import load_file, save_file
 
+import attention
 import common
 import videomae
 import weights
@@ -131,7 +132,7 @@ def test_block_causal_attention(monkeypatch, L, ends, calls, with_keep):
     want = ((q @ k.mT / 8 ** 0.5).masked_fill(~mask, float("-inf")).softmax(-1)) @ v
     made, attend = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: made.append(1) or attend(*a, **kw))
-    close(videomae.block_causal_attention(q, k, v, ends, keep), want, rtol=1e-4, atol=1e-5)
+    close(attention.block_causal_attention(q, k, v, ends, keep), want, rtol=1e-4, atol=1e-5)
     assert len(made) == calls
 
 
@@ -142,12 +143,12 @@ def test_attention_by_head(with_keep):
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16) for n in (140, 300, 300))
     mask = torch.rand(2, 1, 1, 300) < 0.7 if with_keep else None
     want = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    close(videomae.attend_by_head(q, k, v, mask).float(), want, rtol=0.02, atol=0.01)
+    close(attention.attend_by_head(q, k, v, mask).float(), want, rtol=0.02, atol=0.01)
     q, k, v = (torch.randn(2, 3, 300, 8, dtype=torch.bfloat16) for _ in range(3))
     keep, ends = torch.rand(2, 300) < 0.7, [140, 300]
     with torch.no_grad():
-        got = videomae.block_causal_attention(q, k, v, ends, keep if with_keep else None)
-    want = videomae.block_causal_attention(q.float(), k.float(), v.float(), ends, keep if with_keep else None)
+        got = attention.block_causal_attention(q, k, v, ends, keep if with_keep else None)
+    want = attention.block_causal_attention(q.float(), k.float(), v.float(), ends, keep if with_keep else None)
     close(got.float(), want, rtol=0.02, atol=0.01)
 
 
