@@ -34,10 +34,11 @@ def read_tensors(file):
         if file.suffix == ".safetensors":
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # old: no zip
-        tensors.items()
+        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise TypeError("it holds no dict of tensors, as a module's state_dict() is")
         return tensors
     except Exception as error:  # of many kinds: safetensors', pickle's, zip's
-        raise ValueError(f"{file} is cut off or no file of weights: copy it again "
+        raise ValueError(f"{file} is cut off or no file of weights: copy it again, or save a state_dict() there "
                          f"({type(error).__name__}: {error})") from error
 
 

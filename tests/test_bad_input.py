@@ -148,6 +148,16 @@ def wrong_prefix(folder, toy):
     VideoMAE.from_pretrained(folder / "videomae.pt", tiny_mae().config)
 
 
+def pickled(name, state, share=1.0):
+    """A weights file that torch.save wrote, of which only a share is there."""
+    def load(folder, toy):
+        torch.save(state, folder / name)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:int(len(whole) * share)])
+        VideoMAE.from_pretrained(folder if name.endswith(".bin") else folder / name, tiny_mae().config)
+    return load
+
+
 def other_scales(folder, toy):
     tiny_mae(scales="8+32").save_pretrained(folder / "mae")
     tiny_gaze().save_pretrained(folder / "gaze")
@@ -187,6 +197,11 @@ def wandb_missing(folder, toy):
     (lambda f, toy: resume(f, toy, text=b""), ValueError, "last.pt is no checkpoint of this script"),
     (lambda f, toy: call(train_ntp, *SIZES, f"--init_from={f}"), FileNotFoundError, "has no config.json"),
     (wrong_prefix, ValueError, "videomae.pt and the config do not fit: missing vit.embeddings.cls_token"),
+    *((pickled(name, {"a": torch.zeros(1000)}, share), ValueError, f"{name} is cut off or no file of weights: copy it")
+      for name in ("videomae.pt", "pytorch_model.bin") for share in (0, 0.01, 0.5, 0.99)),
+    (pickled("videomae.pt", [torch.zeros(1)]), ValueError, "videomae.pt is .*no dict of tensors"),
+    (pickled("pytorch_model.bin", {"model": {}}), ValueError, "pytorch_model.bin is .*no dict of tensors"),
+    (pickled("videomae.pt", torch.nn.Linear(1, 1)), ValueError, "videomae.pt is .*or save a state_dict"),
     (other_scales, ValueError, r"scales 8\+32.*16\+32"),
     (disk_full, OSError, "last.pt could not be written, the one before it is kept: is the disk full"),
     (damaged_pack, ValueError, "gazing_pos.bin has 2 bytes, 4 expected"),
