@@ -8,6 +8,7 @@ For each slot of a frame every patch not yet gazed is tried, and the one that le
 that frame is kept, with that loss (paper, section 3.4). Writes <out> in the published gazing_labels.json format:
     {"dataset/split/file.mp4": {"gazing_pos": [[id + V·t, …] per frame], "task_losses": [[loss after it, …] per frame]}}
 While it runs, each process appends a line per finished clip to <out>.rankN.jsonl, so a killed run loses one clip each.
+<out> holds the clips that this run was asked for (splits, max_clips), those that an earlier one did included.
 
 The naive way runs the whole reconstructor once per candidate. Here the candidates of a step are one batch, and only
 the tokens of the current frame are computed: the network is block-causal, so the keys and values of earlier frames
@@ -194,12 +195,13 @@ def main():
     common.barrier()  # nobody writes before all have read, or they would share out different lists
 
     clips = [Clips(cfg.root, split, cfg.n_frames, c.image_size, stride=cfg.stride) for split in cfg.splits.split(",")]
-    todo = [(data, i) for data in clips for i in range(min(len(data), cfg.max_clips or len(data)))]
-    todo = [(data, i) for data, i in todo if video_key(data.paths[i]) not in done]
+    asked = {video_key(data.paths[i]): (data, i) for data in clips
+             for i in range(min(len(data), cfg.max_clips or len(data)))}
+    todo = [clip for key, clip in asked.items() if key not in done]
     mine = todo[rank::world]
     if rank == 0:
-        print(f"{c.scales} px: {V} ids per frame, {cfg.n_frames} frames; {len(done)} clips labelled before, "
-              f"{len(todo)} to do in {world} process(es)")
+        print(f"{c.scales} px: {V} ids per frame, {cfg.n_frames} frames; "
+              f"{len(asked) - len(todo)} clips labelled before, {len(todo)} to do in {world} process(es)")
     search = greedy_naive if cfg.naive else greedy
     t0, n_candidates, n_bad = time.time(), 0, 0
     with open(f"{out}.rank{rank}.jsonl", "a") as part:
@@ -222,9 +224,10 @@ def main():
     total, n_bad = common.all_sum(n_candidates, n_bad)
     common.barrier()
     if rank == 0:
-        labels = read_parts(out, settings)
+        done = read_parts(out, settings)
+        labels = {key: done[key] for key in asked if key in done}
         if not labels:
-            raise VideoError(f"{cfg.root}: none of the {len(todo)} videos could be read, no labels written")
+            raise VideoError(f"{cfg.root}: none of the {len(asked)} videos could be read, no labels written")
         tmp = Path(f"{out}.tmp")
         tmp.write_text(json.dumps(labels))
         os.replace(tmp, out)
@@ -232,7 +235,9 @@ def main():
             print(f"{seconds / len(mine):.4f} s per clip and process, "
                   f"{total / max(seconds, 1e-9):.0f} candidates per second in all")
         print(f"{out}: labels of {len(labels)} clips"
-              + (f"; {int(n_bad)} unreadable files left out" if n_bad else ""))
+              + (f"; {int(n_bad)} unreadable files left out" if n_bad else "")
+              + (f"; {len(done) - len(labels)} more, not asked for now, stay in {out.name}.rank*.jsonl"
+                 if len(done) > len(labels) else ""))
     common.finish()
 
 

@@ -170,6 +170,21 @@ def test_a_finished_run_does_nothing_and_more_clips_are_added(job, tmp_path, cap
     assert json.loads((tmp_path / "a.json").read_text()) == whole
 
 
+def test_only_the_clips_asked_for_are_written(job, toy, tmp_path, capsys):
+    """An earlier run's others stay in the progress file and come back when they are asked for."""
+    args, whole = job
+    out, keys = tmp_path / "a.json", sorted(whole)
+    run(args, out)
+    run(args, out, "--max_clips=2")
+    assert list(json.loads(out.read_text())) == keys[:2]
+    said = capsys.readouterr().out
+    assert "2 clips labelled before, 0 to do" in said and "2 more, not asked for now, stay in a.json.rank*" in said
+    run(args, out, "--splits=val", "--max_clips=1")
+    assert list(json.loads(out.read_text())) == ["toy/val/000000.mp4"]
+    run(args, out)
+    assert json.loads(out.read_text()) == whole and len(finished(tmp_path / "a.json.rank0.jsonl")) == 5
+
+
 @pytest.mark.parametrize("change", ["seed=1", "ratio_max=0.3", "alpha=5,1"])
 def test_other_settings_are_refused(job, tmp_path, change):
     args, _ = job
