@@ -14,11 +14,12 @@ vectors); greedy search with the reconstructor; and trained gaze models. Prints 
 - the same curves at other frame rates (`strides`) and resolutions (`sides`);
 - how near a vision encoder's features of the gazed patches are to those of all patches (`encoder`).
 
-Keys in this list are off by default, they cost time. Results go to the screen and to <out_dir>: eval.json, plots, one
-contact sheet per method.
+Keys in this list are off by default, they cost time. Results go to the screen and to <out_dir>: eval.json (after each
+part, "finished" tells the last), plots, one contact sheet per method.
 """
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -448,6 +449,16 @@ def load(cfg, size, stride, limit, longest=0):
     return items, unreadable
 
 
+def save(out, report, t0):
+    """Write eval.json, whole or not at all. Called after every part, so that a crash late in a run loses little."""
+    results = {ratio: {name: {k: v for k, v in row.items() if k != "scatter"} for name, row in table.items()}
+               for ratio, table in report["results"].items()}
+    out.mkdir(parents=True, exist_ok=True)
+    tmp = out / "eval.json.tmp"
+    tmp.write_text(json.dumps(report | {"seconds": time.time() - t0, "results": results}, indent=1) + "\n")
+    os.replace(tmp, out / "eval.json")
+
+
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     _, _, device = common.init_processes(cfg.device)
@@ -469,11 +480,17 @@ def main():
     at_stride = {v: load(cfg, c.image_size, v, cfg.study_clips, longest)[0] for v in strides}
     items, unreadable = load(cfg, c.image_size, cfg.stride, cfg.max_clips)
     results, pictures, budgets = {}, {}, {}
+    report = {"config": asdict(cfg), "commit": common.git_commit(), "clips": len(items), "unreadable": len(unreadable),
+              "finished": False, "budgets": budgets, "results": results}
     for i, ratio in enumerate(cfg.ratios.split(",")):
         n_greedy = cfg.greedy * (len(items) if i == 0 else cfg.greedy_clips)
-        results[ratio], first, budgets[ratio] = measure(cfg, mae, models, items, float(ratio), device, n_greedy, vit)
-        pictures = pictures or first
-    headline, report = cfg.ratios.split(",")[0], {}
+        table, first, budgets[ratio] = measure(cfg, mae, models, items, float(ratio), device, n_greedy, vit)
+        for name, row in table.items():
+            if "greedy" in table and table["greedy"]["clips"] == row["clips"]:
+                row["gap_closed"] = gap_closed(table, name)
+        results[ratio], pictures = table, pictures or first
+        save(out, report, t0)
+    headline = cfg.ratios.split(",")[0]
     print_columns("loss at ratio", {r: {name: row["loss"] for name, row in t.items()} for r, t in results.items()})
     print_table(results[headline], headline, c)
     for name, (video, gazing, recon, loss) in pictures.items():
@@ -496,6 +513,7 @@ def main():
                 wanted = sorted(float(r) for r in cfg.requirements.split(","))
             report["stops"][name] = rows = [stopped(cfg, mae, gaze, items[:cfg.study_clips], r, device) for r in wanted]
             print_columns(f"{name} stops", {f"{i + 1}.": row for i, row in enumerate(rows)})
+            save(out, report, t0)
         plot_stops(report["stops"], out)
 
     for key, values in (("strides", strides), ("sides", sides)):
@@ -509,21 +527,15 @@ def main():
                                    for r, t in found.items()}
             study["loss"][v] = {name: row["loss"] for name, row in found[headline].items()}
             study["needed"][v] = needed_ratios(found, cfg.target_loss) if cfg.target_loss else {}
-        if values:
             report[key] = study
+            save(out, report, t0)
+        if values:
             print_columns(f"loss at ratio {headline}, {key}", study["loss"])
             if cfg.target_loss:
                 print_columns(f"ratio for loss {cfg.target_loss:g}, {key}", study["needed"])
             plot_study(key, study, headline, cfg.target_loss, out)
 
-    for table in results.values():
-        for name, row in table.items():
-            row.pop("scatter", None)
-            if "greedy" in table and table["greedy"]["clips"] == row["clips"]:
-                row["gap_closed"] = gap_closed(table, name)
-    (out / "eval.json").write_text(json.dumps(
-        {"config": asdict(cfg), "commit": common.git_commit(), "clips": len(items), "unreadable": len(unreadable),
-         "budgets": budgets, "seconds": time.time() - t0, "results": results, **report}, indent=1) + "\n")
+    save(out, report | {"finished": True}, t0)
     print(f"\n{len(items)} clips, budgets per frame {budgets[headline]}; pictures and eval.json in {out}")
 
 

@@ -237,6 +237,25 @@ def test_wrong_settings(trained, toy, monkeypatch, capsys):
         assert f"error: {wrong[2:]}: write it like" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dies_at, ratios, sides", [(2, ["0.3"], []), (5, ["0.3", "1"], ["32"])])
+def test_a_crash_keeps_what_was_measured(trained, toy, tmp_path, monkeypatch, dies_at, ratios, sides):
+    args, measure, calls = [f"--root={toy}", "--models=a=a", "--ratios=0.3,1", "--sides=32,64"], ev.measure, []
+
+    def die(*args):
+        calls.append(1)
+        if len(calls) == dies_at:
+            raise RuntimeError("dies")
+        return measure(*args)
+    run(monkeypatch, trained, *args, f"--out_dir={tmp_path / 'whole'}")
+    monkeypatch.setattr(ev, "measure", die)
+    with pytest.raises(RuntimeError, match="dies"):
+        run(monkeypatch, trained, *args, f"--out_dir={tmp_path / 'part'}")
+    whole, part = (json.loads((tmp_path / f / "eval.json").read_text()) for f in ("whole", "part"))
+    assert whole["finished"] and not part["finished"] and not (tmp_path / "part" / "eval.json.tmp").exists()
+    assert part["results"] == {ratio: whole["results"][ratio] for ratio in ratios}
+    assert list(part["sides"]["loss"] if sides else []) == sides
+
+
 def test_without_motion_vectors_codec_is_left_out(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "val").mkdir()
     moving_square(tmp_path / "val" / "a.mp4")
