@@ -130,8 +130,7 @@ def main():
     if cfg.init_from == "resume":
         resumed = common.load_state(out, cfg, world, VideoMAEConfig.__dataclass_fields__.keys())
         start, best = resumed["step"], resumed["best"]
-        mae = VideoMAE(model_cfg, **loss_args)
-        mae.load_state_dict(resumed["model"])
+        mae = VideoMAE.from_state(resumed["model"], model_cfg, out / "last.pt", **loss_args)
     elif cfg.init_from == "scratch":
         mae = VideoMAE(model_cfg, **loss_args)
     else:

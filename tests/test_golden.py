@@ -184,8 +184,9 @@ def recon():
 
 
 def load_mae(loss_type="l1", loss_weights="1"):
-    return VideoMAE.from_pretrained(GOLDEN / "videomae_weights.safetensors", tiny_mae().config, loss_type, loss_weights,
-                                    dinov2_reg=GOLDEN / "dinov2_reg", siglip2=GOLDEN / "siglip2")
+    return VideoMAE.from_pretrained(
+        GOLDEN / "videomae_weights.safetensors", tiny_mae().config, loss_type=loss_type, loss_weights=loss_weights,
+        dinov2_reg=GOLDEN / "dinov2_reg", siglip2=GOLDEN / "siglip2")
 
 
 @pytest.fixture

@@ -15,11 +15,13 @@ import rollouts_per_clip
 import torch
 from conftest import normal_video, tiny_gaze
 
+from safetensors.torch import save_file
 import common
 import train_grpo
 import train_ntp
 import train_videomae
 from data import collate_gaze
+import videomae
 from label_files import pack_labels
 from model import Gaze, join_frames, split_frames
 from train_grpo import discounted_advantages, grpo_loss
@@ -284,13 +286,6 @@ def metrics(folder):
     return {(row["step"], *row): row for row in rows}
 
 
-def assert_same_metrics(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        for name in a[key]:
-            assert a[key][name] == pytest.approx(b[key][name], rel=1e-3, abs=1e-4), key
-
-
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory, toy):
     """Folder of a reconstructor, labels and a gaze model, made by command line."""
@@ -330,7 +325,7 @@ def test_perceptual_losses_and_start_weights(run, networks, tmp_path):
     run(train_videomae, start, "whole")
     run(train_videomae, start, "halves", die_at=2)
     run(train_videomae, [*start, "--init_from=resume"], "halves")
-    assert_same_metrics(metrics(tmp_path / "halves"), metrics(tmp_path / "whole"))
+    assert_same_run(tmp_path)
     measured = []
     for args in ([], loss):
         run(train_ntp, [*NTP, *args, "--steps=1"], "ntp")
@@ -341,6 +336,29 @@ def test_perceptual_losses_and_start_weights(run, networks, tmp_path):
 
 
 def test_train_ntp(stages, toy):
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_resumed_with_perceptual_networks_of_a_weights_file(run, networks, tmp_path, monkeypatch, suffix):
+    """The checkpoint holds them: neither file nor hub is asked again, and bits do not change."""
+    import transformers
+    for name, (_, network) in networks.items():  # with no folder given the sizes are the published ones, here these
+        kind = {"dinov2_reg": "Dinov2WithRegistersConfig", "siglip2": "SiglipVisionConfig"}[name]
+        monkeypatch.setattr(transformers, kind, lambda config=network.config, **sizes: config)
+    monkeypatch.setattr(videomae, "announce", lambda hub_id: pytest.fail(f"asks for {hub_id}"))
+    cfg = train_videomae.configurator.load(train_videomae.Config, MAE, verbose=False)
+    torch.manual_seed(0)
+    state = VideoMAE(cfg.model()).state_dict()
+    for name, (_, network) in networks.items():
+        state |= {f"{name}.{k}": v for k, v in network.state_dict().items()}
+    path = tmp_path / f"videomae{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    args = [*MAE, "--loss_type=l1+dinov2_reg+siglip2", "--loss_weights=1+0.3+0.3"]
+    run(train_videomae, [*args, f"--init_from={path}"], "whole")
+    run(train_videomae, [*args, f"--init_from={path}"], "halves", die_at=3)
+    path.unlink()
+    run(train_videomae, [*args, "--init_from=resume"], "halves")
+    assert_same_run(tmp_path)
+
+
     rows = metrics(stages / "ntp")
     steps = [r for r in rows.values() if "ntp" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
