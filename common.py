@@ -73,6 +73,20 @@ def all_sum(*values):
     return t.tolist()
 
 
+def from_all(value):
+    """List of what each rank gives, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def count_distinct(names):
+    """Number of names in the sets of all ranks together: a file that several of them met counts once."""
+    return len(set().union(*from_all(names)))
+
+
 def now(device):
     """Seconds, when the device has done all it was given: only then do differences mean something."""
     if device.type == "cuda":
@@ -87,10 +101,7 @@ def barrier():
 
 def check_same(**values):
     """ValueError on every rank, naming what differs, unless all processes come with the same values."""
-    if not dist.is_initialized():
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, values)
+    everyone = from_all(values)
     for rank, theirs in enumerate(everyone):
         for key in values.keys() | theirs.keys():
             if theirs.get(key) != everyone[0].get(key):

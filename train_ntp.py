@@ -227,11 +227,11 @@ def main():
         common.check_finite(sum(sums), step, [k for b in batches for k in b["key"]])
         common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
-            nll, error, n_bad = common.all_sum(*sums, len(unreadable))
+            nll, error = common.all_sum(*sums)
             log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr,
                       epoch=(step + 1) * cfg.batch_size / len(train),
                       ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      data_ms=loader.waited_ms(cfg.log_every), unreadable=int(n_bad))
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=common.count_distinct(unreadable))
             t0 = time.time()
     common.finish()
 

@@ -208,10 +208,10 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), cfg.clip_grad).item()
         common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
-            loss, n_bad = common.all_sum(step_loss / world, len(unreadable))
-            log.write(step + 1, cfg.steps, step + 1 - start, loss=loss, lr=lr, grad_norm=grad_norm,
-                      gazes_per_clip=sum(budgets), ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      data_ms=loader.waited_ms(cfg.log_every), unreadable=int(n_bad))
+            log.write(step + 1, cfg.steps, step + 1 - start, loss=common.all_sum(step_loss / world)[0], lr=lr,
+                      grad_norm=grad_norm, gazes_per_clip=sum(budgets),
+                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=common.count_distinct(unreadable))
             t0 = time.time()
     common.finish()
 

@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,14 @@ import pytest
 import rollouts_per_clip
 import torch
 from conftest import normal_video, tiny_gaze
-
 from safetensors.torch import save_file
+
 import common
 import train_grpo
 import train_ntp
 import train_videomae
-from data import collate_gaze
 import videomae
+from data import collate_gaze
 from label_files import pack_labels
 from model import Gaze, join_frames, split_frames
 from train_grpo import discounted_advantages, grpo_loss
@@ -335,7 +336,6 @@ def test_perceptual_losses_and_start_weights(run, networks, tmp_path):
     assert measured[1] > 1.01 * measured[0]
 
 
-def test_train_ntp(stages, toy):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_resumed_with_perceptual_networks_of_a_weights_file(run, networks, tmp_path, monkeypatch, suffix):
     """The checkpoint holds them: neither file nor hub is asked again, and bits do not change."""
@@ -359,6 +359,7 @@ def test_resumed_with_perceptual_networks_of_a_weights_file(run, networks, tmp_p
     assert_same_run(tmp_path)
 
 
+def test_train_ntp(stages, toy):
     rows = metrics(stages / "ntp")
     steps = [r for r in rows.values() if "ntp" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
@@ -384,7 +385,7 @@ def test_train_grpo_self(grpo):
     for row in steps:
         assert row["reward"] == pytest.approx(-row["measured"], rel=1e-4)
         assert sum(row["per_scale"]) == pytest.approx(1, abs=0.01) and 1 <= row["gazes_per_frame"] <= 6
-        assert 0 < row["entropy"] < math.log(V) + 0.3 and 0 <= row["no_spread"] <= 1
+        assert 0 < row["nll"] < math.log(V) + 0.3 and 0 <= row["no_spread"] <= 1
     Gaze.from_pretrained(grpo)
     assert (grpo / "val.png").stat().st_size > 1000
 
@@ -547,6 +548,16 @@ def test_one_process_two_processes_and_accumulation_train_alike(run, stages, toy
                 assert row[field] == pytest.approx(runs[name][key][field], abs=2e-5), (name, key, field)
         for k, v in Gaze.from_pretrained(tmp_path / name).state_dict().items():
             torch.testing.assert_close(v, moved[k], rtol=0, atol=1e-5, msg=k)
+
+
+def test_a_corrupt_file_counts_once(stages, toy, tmp_path):
+    """Both processes meet it again and again."""
+    shutil.copytree(toy, tmp_path / "toy")
+    (tmp_path / "toy" / "train" / "000001.mp4").write_bytes(b"no video")
+    out = launch("train_ntp.py", *NTP, "--steps=6", f"--root={tmp_path / 'toy'}", "--labels=labels.json",
+                 f"--out_dir={tmp_path / 'out'}", cwd=stages, processes=2)
+    assert out.count("000001.mp4: cannot") == 2
+    assert [row["unreadable"] for row in metrics(tmp_path / "out").values() if "unreadable" in row][-1] == 1
 
 
 def test_processes_with_different_settings_are_refused(stages, toy, tmp_path):
