@@ -191,6 +191,7 @@ def main():
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.reference_decoding = False  # the policy that samples must be the one that is trained
+    # what the result gazes at unless told otherwise is what it was validated at, also when it started from a folder
     gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
     gaze.to(device)
     mae = load_videomae(cfg, device)

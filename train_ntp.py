@@ -87,8 +87,7 @@ class Config:
 
     def model(self):
         keys = GazeConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
-        return GazeConfig(**{k: getattr(self, k) for k in keys}, max_num_frames=self.n_frames,
-                          gazing_ratio=self.val_ratio, task_loss_requirement=self.val_requirement)
+        return GazeConfig(**{k: getattr(self, k) for k in keys}, max_num_frames=self.n_frames)
 
 
 def ntp_loss(log_prob, task_loss, gazing, n_real):
@@ -156,7 +155,9 @@ def main():
         gaze = Gaze(cfg.model())
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
-        gaze.config.reference_decoding = False  # trained at exact positions, so decode at exact positions
+    gaze.config.reference_decoding = False  # trained at exact positions, so decode at exact positions
+    # what the result gazes at unless told otherwise is what it was validated at, also when it started from a folder
+    gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
     gaze.to(device)
     V = gaze.config.num_ids
     mae = load_videomae(cfg, device) if cfg.videomae else None

@@ -560,6 +560,18 @@ def test_a_corrupt_file_counts_once(stages, toy, tmp_path):
     assert [row["unreadable"] for row in metrics(tmp_path / "out").values() if "unreadable" in row][-1] == 1
 
 
+@pytest.mark.parametrize("script, args", [(train_ntp, NTP), (train_grpo, GRPO)])
+def test_the_result_gazes_as_it_was_validated(run, stages, tmp_path, script, args):
+    """Whatever the folder that it started from says, and after a resume."""
+    more = ["--steps=1", "--val_ratio=0.25", "--val_requirement=0.5"]
+    run(script, [*args, *more, f"--init_from={stages / 'ntp'}"], "out")
+    for resumed in (False, True):
+        if resumed:
+            run(script, [*args, *more, "--val_requirement=none", "--init_from=resume"], "out")
+        config = Gaze.from_pretrained(tmp_path / "out").config
+        assert (config.gazing_ratio, config.task_loss_requirement) == (0.25, None if resumed else 0.5)
+
+
 def test_processes_with_different_settings_are_refused(stages, toy, tmp_path):
     (tmp_path / "c.py").write_text("import os\nlr = 0.1 if os.environ['RANK'] == '0' else 0.2\n")
     out = launch("train_ntp.py", *NTP, tmp_path / "c.py", f"--root={toy}", "--labels=labels.json", "--out_dir=none",
