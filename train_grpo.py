@@ -279,9 +279,9 @@ def main():
         common.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
             means = common.all_sum(*(x / world for x in [*stats.tolist(), *per_scale.tolist()]))
-            # nll: mean -log π of the sampled patches; π's entropy only if they are drawn from π (policy=sampling)
-            names = ("reward", "reward_spread", "no_spread", "nll", "gazes_per_frame", "predicted", "measured",
-                     "task_error")
+            # entropy: mean -log π of the sampled patches, exact only if they are drawn from π (policy=sampling)
+            names = ("reward", "reward_spread", "no_spread", "entropy", "gazes_per_frame", "predicted",
+                     "measured", "task_error")
             log.write(step + 1, total, step + 1 - start, **dict(zip(names, means, strict=False)),
                       per_scale=[round(x, 3) for x in means[len(names):]], temperature=temperature, lr=lr,
                       rollout_s=seconds[0], reward_s=seconds[1], update_s=seconds[2],

@@ -220,11 +220,11 @@ class VideoMAE(nn.Module):
     # ---- files
 
     @classmethod
-    def from_pretrained(cls, path, config=None, **loss):
+    def from_pretrained(cls, path, config=None, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None):
         """Load a state dict (.pt, .safetensors; config=None: the published ViT-L), or a folder or hub id (config.json
         and weights). A folder of transformers' ViTMAE gives start weights: scale and time embeddings are drawn.
 
-        loss: the class's other arguments. Perceptual networks come from the file if it holds them, else from there.
+        Perceptual networks come from the file if it holds them, else from dinov2_reg and siglip2 (as in the class).
         FileNotFoundError: no weights there; ValueError names tensors that do not fit."""
         path = Path(path)
         if is_hub_id(path):
@@ -237,7 +237,8 @@ class VideoMAE(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no VideoMAE weights there (expected a folder written by "
                                     "train_videomae.py or transformers, a state-dict file, or a hub id)")
-        return cls.from_state(read_tensors(path), config or VideoMAEConfig(), path, bool(folder), **loss)
+        return cls.from_state(read_tensors(path), config or VideoMAEConfig(), path, bool(folder), loss_type=loss_type,
+                              loss_weights=loss_weights, dinov2_reg=dinov2_reg, siglip2=siglip2)
 
     @classmethod
     def from_state(cls, state, config, source, draw=False, **loss):
@@ -437,8 +438,7 @@ def perceptual_network(term, folder, tensors, source):
 def load_videomae(cfg, device):
     """The frozen reconstructor that a script's settings name: cfg.videomae, loss_type, loss_weights and networks.
     ValueError: it is for shorter clips than cfg.n_frames."""
-    mae = VideoMAE.from_pretrained(cfg.videomae, loss_type=cfg.loss_type, loss_weights=cfg.loss_weights,
-                                   dinov2_reg=cfg.dinov2_reg, siglip2=cfg.siglip2)
+    mae = VideoMAE.from_pretrained(cfg.videomae, None, cfg.loss_type, cfg.loss_weights, cfg.dinov2_reg, cfg.siglip2)
     if mae.config.max_num_frames < cfg.n_frames:
         raise ValueError(f"videomae={cfg.videomae} is for {mae.config.max_num_frames} frames, n_frames={cfg.n_frames}")
     return mae.to(device).freeze()
