@@ -385,7 +385,7 @@ def test_train_grpo_self(grpo):
     for row in steps:
         assert row["reward"] == pytest.approx(-row["measured"], rel=1e-4)
         assert sum(row["per_scale"]) == pytest.approx(1, abs=0.01) and 1 <= row["gazes_per_frame"] <= 6
-        assert 0 < row["nll"] < math.log(V) + 0.3 and 0 <= row["no_spread"] <= 1
+        assert 0 < row["entropy"] < math.log(V) + 0.3 and 0 <= row["no_spread"] <= 1
     Gaze.from_pretrained(grpo)
     assert (grpo / "val.png").stat().st_size > 1000
 
