@@ -52,6 +52,7 @@ class Config:
     num_layers: int = 4
     num_heads: int = 6
     intermediate_size: int = 384
+    num_conv_blocks: int = 1
     num_multi_token_pred: int = 10
     initializer_range: float = 0.02
     # rollouts

@@ -50,6 +50,7 @@ class Config:
     num_layers: int = 4
     num_heads: int = 6
     intermediate_size: int = 384
+    num_conv_blocks: int = 1           # of the encoder: 3 x 3 patches of 3 frames each; with more it sees further
     num_multi_token_pred: int = 10     # patches named per decoder step
     initializer_range: float = 0.02    # of fresh weights; narrow models want more, about 1 / sqrt(width)
     init_from: str = "scratch"         # scratch | resume | folder or hub id of a gaze model

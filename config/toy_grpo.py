@@ -30,5 +30,6 @@ hidden_size = 64
 num_layers = 2
 num_heads = 2
 intermediate_size = 128
+num_conv_blocks = 2
 num_multi_token_pred = 2
 initializer_range = 0.12
