@@ -274,9 +274,12 @@ def draw_ratio(kind, fixed, low, high, rate, generator):
 
 def parse_alpha(alpha, n_frames):
     """'10,3' -> [10, 3, 3, …]: the last value is repeated over the remaining frames."""
-    values = [float(a) for a in str(alpha).split(",")]
-    if len(values) > n_frames or min(values) <= 0:
-        raise ValueError(f"alpha={alpha!r} needs at most {n_frames} values (frames), all above 0")
+    try:
+        values = [float(a) for a in str(alpha).split(",")]
+    except ValueError:
+        values = [0.0]
+    if len(values) > n_frames or not min(values) > 0:
+        raise ValueError(f"alpha={alpha!r} needs at most {n_frames} numbers (frames), all above 0, joined by commas")
     return values + values[-1:] * (n_frames - len(values))
 
 
@@ -357,20 +360,21 @@ def last_slots(gazing):
 
 
 def check_settings(cfg):
-    """ValueError naming the first key that no run can work with; for the keys that the training scripts share."""
+    """ValueError naming the first key that no run can work with; for the keys that the scripts share."""
     least = dict(n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
-                 log_every=1, val_clips=1, reward_batch=0)
+                 log_every=1, val_clips=1, reward_batch=0, max_clips=0, max_candidates=1, greedy_clips=0, study_clips=1,
+                 seed=0, lr_end=0, task_loss_weight=0)
     for key, value in asdict(cfg).items():
         if key in least and value is not None and value < least[key]:
             raise ValueError(f"{key}={value} must be at least {least[key]}")
         if key in ("ratio", "ratio_min", "ratio_max", "val_ratio") and not 0 < value <= 1:
             raise ValueError(f"{key}={value} must lie in (0, 1], it is a share of the patches")
-        if key in ("epochs", "lr", "ratio_rate") and value <= 0 or key == "lr_end" and value < 0:
+        if key in ("epochs", "lr", "ratio_rate", "clip_grad") and value <= 0:
             raise ValueError(f"{key}={value} must be above 0")
         if key == "wandb" and value and importlib.util.find_spec("wandb") is None:
             raise ValueError(f"wandb={value} needs the package: pip install wandb, or --wandb=none")
-        if key == "warmup" and not 0 <= value < 1:
-            raise ValueError(f"warmup={value} must lie in [0, 1), it is a share of the steps")
+        if key in ("warmup", "beta2") and not 0 <= value < 1 or key == "gamma" and not 0 <= value <= 1:
+            raise ValueError(f"{key}={value} must lie between 0 and 1")
         for name in ("ratio", "requirement"):
             if key == f"{name}_min" and value > getattr(cfg, f"{name}_max"):
                 raise ValueError(f"{key}={value} is above {name}_max={getattr(cfg, f'{name}_max')}")

@@ -224,6 +224,12 @@ def video_key(path):
     return "/".join(path.split("/")[-3:])
 
 
+def check_names(keys, where):
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{where}: two folders have the same last name and video names, so one label would serve "
+                         "two videos: rename one of the folders")
+
+
 class Clips(torch.utils.data.Dataset):
     """Clips of <root>/<split>/. An item: {"video": (T, 3, size, size) uint8, "key", "path", "unreadable": files passed
     over to get it}; with `labels` (of label_files.py) also "gazing_pos" and "task_losses", lists of lists per frame,
@@ -257,9 +263,7 @@ class Clips(torch.utils.data.Dataset):
         if not self.paths:
             raise ValueError(f"no label fits a video of {where}: the videos are called like {keys[0]!r}, "
                              f"the labels like {next(iter(self.labels), 'nothing, the file is empty')!r}")
-        if len({key for key, k in zip(keys, known, strict=True) if k}) < len(self.paths):
-            raise ValueError(f"{where}: two folders have the same last name and video names, so one label would serve "
-                             "two videos: rename one of the folders")
+        check_names([key for key, k in zip(keys, known, strict=True) if k], where)
         if os.environ.get("RANK", "0") == "0":
             print(f"labels: {len(self.paths)} videos of {where} have one, {len(videos) - len(self.paths)} videos and "
                   f"{len(self.labels) - len(self.paths)} labels are not used")

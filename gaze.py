@@ -337,9 +337,10 @@ def report(cfg, c, output, times, losses, sheet, wanted=(), stopped=False):
 @torch.no_grad()
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
+    cfg.video = "pipe:0" if cfg.video == "-" else cfg.video  # as FFmpeg calls the standard input
     path = Path(cfg.video)
-    as_it_comes = cfg.live if cfg.live is not None else "://" in cfg.video or path.exists() and not (
-        path.is_file() or path.is_dir())
+    as_it_comes = cfg.live if cfg.live is not None else (
+        "://" in cfg.video or cfg.video.startswith("pipe:") or path.exists() and not (path.is_file() or path.is_dir()))
     if cfg.videomae and (as_it_comes or cfg.scale):
         raise ValueError("videomae: a reconstruction is shown of files' centre squares: leave out --scale, --live")
     if not as_it_comes:

@@ -2,6 +2,7 @@
 
     python label.py config/toy_label.py
     torchrun --nproc_per_node=8 label.py --root=data/mine --videomae=out/videomae    # every process labels its share
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 label.py …   # both nodes
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 label.py config/toy_label.py       # on a CPU: one process per core
 
 For each slot of a frame every patch not yet gazed is tried, and the one that leaves the lowest reconstruction loss of
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import common
 import configurator
-from data import Clips, VideoError, normalize, video_key
+from data import Clips, VideoError, check_names, normalize, video_key
 from videomae import load_videomae
 
 
@@ -56,11 +57,7 @@ class Config:
     device: str = "auto"               # auto | cpu | cuda
 
     def check(self):
-        if not 0 < self.ratio_min <= self.ratio_max <= 1:
-            raise ValueError("need 0 < ratio_min <= ratio_max <= 1")
-        if self.max_candidates < 1:
-            raise ValueError("max_candidates must be at least 1")
-        common.parse_alpha(self.alpha, self.n_frames)
+        common.check_settings(self)
 
 
 class Past:
@@ -195,6 +192,8 @@ def main():
     common.barrier()  # nobody writes before all have read, or they would share out different lists
 
     clips = [Clips(cfg.root, split, cfg.n_frames, c.image_size, stride=cfg.stride) for split in cfg.splits.split(",")]
+    for data in clips:
+        check_names([video_key(path) for path in data.paths], cfg.root)
     asked = {video_key(data.paths[i]): (data, i) for data in clips
              for i in range(min(len(data), cfg.max_clips or len(data)))}
     todo = [clip for key, clip in asked.items() if key not in done]

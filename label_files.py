@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 PACKED_VERSION = 1
 LARGEST_LABEL = 1 << 26  # characters of JSON; one clip's label has thousands
+LARGEST_LOSS = 3e38  # float32 ends there
 
 
 def load_labels(path):
@@ -29,6 +30,8 @@ def load_labels(path):
         if os.path.exists(source) and os.path.getsize(source) != size and os.environ.get("RANK", "0") == "0":
             warnings.warn(f"labels={path}: {source} has changed since it was packed", stacklevel=2)
         return labels
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"label file {path} does not exist: label.py writes one")
     with open(path, encoding="utf-8") as f:
         try:
             labels = json.load(f)
@@ -69,11 +72,11 @@ def check_label(key, label, n_frames, n_ids, path):
         if len(ids) != len(values):
             raise ValueError(f"{where} frame {t} has {len(ids)} gazes but {len(values)} losses")
         for i in ids:
-            if not isinstance(i, int) or not lo <= i < hi:
+            if type(i) is not int or not lo <= i < hi:
                 raise ValueError(f"{where} frame {t}: id {i} is not in {lo}..{hi - 1} (other scales or patch size?)")
         if len(set(ids)) < len(ids):
             raise ValueError(f"{where} frame {t} takes a patch twice: {sorted(i for i in ids if ids.count(i) > 1)[0]}")
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        if not all(type(v) in (int, float) and abs(v) <= LARGEST_LOSS for v in values):
             raise ValueError(f"{where} frame {t} has a loss that is not a finite number")
 
 
@@ -208,8 +211,9 @@ def pack_labels(source, out=None):
                 n_frames, bounds = len(pos), [[1 << 31, -1] for _ in pos]
             lengths, ids, values = [len(f) for f in pos], [*chain(*pos)], [*chain(*losses)]
             good = len(pos) == n_frames and lengths == [len(f) for f in losses] and {int} >= set(map(type, ids))
-            if not (good and {int, float} >= set(map(type, values)) and len(set(ids)) == len(ids)
-                    and math.isfinite(sum(values)) and min(ids, default=0) >= 0 and max(ids, default=0) < 1 << 31):
+            good = good and 0 <= min(ids, default=0) and max(ids, default=0) < 1 << 31 and len(set(ids)) == len(ids)
+            if not (good and {int, float} >= set(map(type, values)) and -LARGEST_LOSS <= min(values, default=0)
+                    and max(values, default=0) <= LARGEST_LOSS and not math.isnan(sum(values))):
                 check_label(key, label, n_frames, None, source)
                 raise ValueError(f"label file {source}: {key!r} has an id in two frames, below 0 or too large")
             bounds = [[min(lo, *f), max(hi, *f)] if f else [lo, hi] for (lo, hi), f in zip(bounds, pos, strict=True)]

@@ -342,10 +342,17 @@ COMMANDS = {"toy": (ToyConfig, toy),
 
 
 def main():
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.exit(__doc__.strip())
     config, command = COMMANDS[sys.argv[1]]
-    command(configurator.parse(config, sys.argv[2:]))
+    cfg = configurator.parse(config, sys.argv[2:])
+    for key, value in asdict(cfg).items():
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueError(f"{key}={value} must not be below 0")
+    command(cfg)
 
 
 if __name__ == "__main__":

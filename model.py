@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from attention import causal_attention
-from weights import assign, load_gaze, published_name, save_gaze
+from weights import assign, check_sizes, load_gaze, published_name, save_gaze
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -53,9 +53,9 @@ class GazeConfig:
     reference_file: dict = field(default_factory=dict, repr=False)  # config.json as read; saving keeps its other keys
 
     def __post_init__(self):
-        sides = self.scale_list
-        if any(a >= b for a, b in zip(sides, sides[1:], strict=False)) or any(s % self.patch_size for s in sides):
-            raise ValueError(f"scales={self.scales!r} must ascend and be multiples of patch_size={self.patch_size}")
+        check_sizes(self)
+        if sorted(set(self.scale_list)) != self.scale_list:
+            raise ValueError(f"scales={self.scales!r} must ascend")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads={self.num_heads}")
         if not 1 <= self.num_multi_token_pred <= self.num_ids:
@@ -479,6 +479,8 @@ class GazeStream:
     @torch.no_grad()
     def step(self, frame):
         """frame (B, 3, R', R') normalised pixels -> this frame's gaze dict; gazing_pos counts within the frame."""
+        if len(frame) != self.B:
+            raise ValueError(f"this stream has batch_size={self.B}, the frame is of {len(frame)} clips")
         vision, self.past = self.model.embed(frame.unsqueeze(1), self.past)
         gazing = join_frames([self.gaze_frame(vision[:, 0])])
         return gazing | {"gazing_mask": self.model.gazing_mask(gazing)}

@@ -33,10 +33,18 @@ class Config:
     ratio: float = 0.251               # gazing ratio at which the methods are compared
     other_ratios: str = "0.15,0.4"     # further points of the curve; empty: none
     alpha: str = "12,3"                # split of the budget over the frames
-    n_frames: int = 4                  # clip length
+    n_frames: int = 4                  # clip length; longer ones need videomae_args=--max_num_frames=… too
     n_processes: int = 2               # cores to use
     device: str = "cpu"                # the toy models are too small for a GPU; cuda takes one per process
     seed: int = 666                    # of every stage
+
+    def check(self):
+        for key in ("n_train", "n_val", "label_clips", "n_frames", "n_processes"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        for ratio in [str(self.ratio), *filter(None, self.other_ratios.split(","))]:
+            if not 0 < float(ratio) <= 1:
+                raise ValueError(f"ratio={self.ratio}, other_ratios={self.other_ratios}: all must lie in (0, 1]")
 
 
 def main():
@@ -81,10 +89,11 @@ def main():
         return [*run, name, *args]
 
     n, root = cfg.n_processes, f"--root={data}"
-    common = [root, f"--seed={cfg.seed}", f"--device={cfg.device}"]
+    common = [root, *(f"--{key}={getattr(cfg, key)}" for key in ("n_frames", "alpha", "seed", "device"))]
     mae, labels = f"--videomae={out}/videomae", f"{out}/gazing_labels.json"
     if cfg.videos:
-        stage("data", script("make_data.py", "cut", f"--src={cfg.videos}", f"--out={data}", *cfg.cut.split()))
+        stage("data", script("make_data.py", "cut", f"--src={cfg.videos}", f"--out={data}", f"--seed={cfg.seed}",
+                             *cfg.cut.split()))
     else:
         stage("data", script("make_data.py", "toy", f"--out={data}", f"--n_train={cfg.n_train}", f"--n_val={cfg.n_val}",
                              f"--n_frames={cfg.n_frames}", f"--seed={cfg.seed}", f"--n_workers={n}"))
@@ -95,16 +104,16 @@ def main():
     stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}",
                            f"--max_clips={cfg.label_clips}", n=n))
     ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}",
-                 f"--out_dir={out}/ntp", *cfg.ntp_args.split(), n=max(1, n - 1))
-    grpo = [f"{cfg.configs}_grpo.py", *common, mae, *cfg.grpo_args.split()]
+                 f"--val_ratio={cfg.ratio}", f"--out_dir={out}/ntp", *cfg.ntp_args.split(), n=max(1, n - 1))
+    grpo = [f"{cfg.configs}_grpo.py", *common, mae, f"--ratio={cfg.ratio}", f"--val_ratio={cfg.ratio}",
+            *cfg.grpo_args.split()]
     # GRPO from scratch, to see what NTP is worth, runs beside NTP: two processes of one core do more than one of two
     stage("ntp", ntp, script("train_grpo.py", *grpo, "--init_from=scratch", f"--out_dir={out}/rl_only"))
     stage("grpo", script("train_grpo.py", *grpo, f"--init_from={out}/ntp", f"--out_dir={out}/grpo", n=n))
     ratios = ",".join(filter(None, [str(cfg.ratio), cfg.other_ratios]))
     models = ",".join(f"{m}={out}/{m}" for m in ("rl_only", "ntp", "grpo"))
     stage("eval", script("eval.py", *common, mae, f"--models={models}", f"--out_dir={out}/eval",
-                         f"--n_frames={cfg.n_frames}", f"--alpha={cfg.alpha}", f"--ratios={ratios}",
-                         "--greedy_clips=32"))
+                         f"--ratios={ratios}", "--greedy_clips=32"))
 
     result = json.loads((out / "eval" / "eval.json").read_text())
     ratio, table = next(iter(result["results"].items()))

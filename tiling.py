@@ -10,9 +10,13 @@ from model import join_frames, pack_front
 
 
 def as_sides(scales):
-    """"56+112", or a list of ints or (height, width) pairs -> list of (height, width). TypeError or ValueError."""
-    sides = [int(s) for s in scales.split("+")] if isinstance(scales, str) else scales
-    return [(int(s[0]), int(s[1])) if isinstance(s, (tuple, list)) else (operator.index(s),) * 2 for s in sides]
+    """"56+112", or a list of ints or (height, width) pairs -> list of (height, width)."""
+    try:
+        sides = [int(s) for s in scales.split("+")] if isinstance(scales, str) else scales
+        return [(int(s[0]), int(s[1])) if isinstance(s, (tuple, list)) else (operator.index(s),) * 2 for s in sides]
+    except (TypeError, ValueError, IndexError):
+        raise ValueError(f"scales={scales!r} must be sides joined by '+', such as '32+64+112+224', or a list of "
+                         "ints or (height, width) pairs") from None
 
 
 class Tiling:
@@ -25,7 +29,9 @@ class Tiling:
     """
 
     def __init__(self, config, target_scales, target_patch_size):
-        self.patch = p = target_patch_size or config.patch_size
+        self.patch = p = config.patch_size if target_patch_size is None else target_patch_size
+        if p < 1:
+            raise ValueError(f"target_patch_size={p} must be at least 1")
         if target_scales is None:
             target_scales = [s * p // config.patch_size for s in config.scale_list]
         sides = as_sides(target_scales)

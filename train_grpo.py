@@ -3,7 +3,7 @@
     python train_grpo.py config/toy_grpo.py                                          # 2 CPU cores, about two minutes
     python train_grpo.py config/grpo.py --init_from=out/ntp --root=data/mine         # one GPU
     torchrun --nproc_per_node=8 train_grpo.py config/grpo.py --init_from=out/ntp --root=a,b,c
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_grpo.py config/grpo.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_grpo.py … # both nodes
 
 Per step: G rollouts of each clip; reward of a reconstructed frame = minus its loss; advantage = reward minus the
 group's mean. Strictly on-policy, so there is no ratio clipping, no reference model and no KL term, and the advantage is

@@ -3,7 +3,7 @@
     python train_ntp.py config/toy_ntp.py                                            # 2 CPU cores, about three minutes
     python train_ntp.py config/ntp.py --root=data/mine --labels=labels.json          # one GPU
     torchrun --nproc_per_node=8 train_ntp.py config/ntp.py --root=a,b,c --labels=gazing_labels.json
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ntp.py config/ntp.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ntp.py … # both nodes
 
 The loss is the cross-entropy of the labelled patches plus the squared error of the predicted reconstruction loss after
 each of them (paper, section 3.4). Writes out_dir/{config.json, model.safetensors} for Gaze.from_pretrained.
@@ -131,11 +131,13 @@ def label_loss(gaze, loader, device):
     for batch in loader:
         video, gazing = to_device(batch, gaze.config.num_ids, device)
         nll, error = ntp_loss(*gaze(video, gazing), gazing, 1.0)
-        first = gaze.generate(video[:, :1], gazing_ratio=1e-9)["gazing_pos"][:, 0]  # one gaze
+        said = gaze.generate(video[:, :1], gazing_ratio=1e-9)["gazing_pos"][:, 0]  # one gaze
+        first = [clip[0][:1] for clip in batch["gazing_pos"]]  # none in a frame without gazes
         new = [nll.item(), error.item(), (~gazing["if_padded_gazing"]).sum().item(),
-               (first == gazing["gazing_pos"][:, 0]).sum().item(), len(video)]
+               sum([i] == f for i, f in zip(said.tolist(), first, strict=True)), sum(map(len, first))]
         sums = [a + b for a, b in zip(sums, new, strict=True)]
     nll, error, n_real, hits, count = common.all_sum(*sums)
+    n_real, count = max(n_real, 1), max(count, 1)
     return {"val_ntp": nll / n_real, "val_task_error": error / n_real, "val_first_accuracy": hits / count}
 
 
@@ -213,7 +215,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = [next(loader) for _ in range(sampler.n_micro)]
-        n_real = common.all_sum(sum(len(f) for b in batches for clip in b["gazing_pos"] for f in clip))[0]
+        n_real = max(1, common.all_sum(sum(len(f) for b in batches for clip in b["gazing_pos"] for f in clip))[0])
         sums = [0.0, 0.0]
         for i, batch in enumerate(batches):
             unreadable.update(batch["unreadable"])

@@ -10,7 +10,6 @@ Module and parameter names follow Hugging Face's ViTMAE, so that published files
 Dimension key: B clips, T frames, F frames to reconstruct, S scales, V patch ids per frame, N gaze slots, L tokens,
 D width.
 """
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from einops import rearrange
 
 from attention import block_causal_attention
 from data import IMAGE_MEAN, IMAGE_STD
-from weights import announce, assign, download, is_hub_id, old_name, read_tensors, save_folder
+from weights import announce, assign, check_sizes, download, is_hub_id, old_name, read_config, read_tensors, save_folder
 
 WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
 # Parameters that a plain ViTMAE lacks; taken as start weights they are drawn anew.
@@ -50,9 +49,13 @@ class VideoMAEConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        if self.scale_list[-1] != self.image_size or any(s % self.patch_size for s in self.scale_list):
-            raise ValueError(f"scales={self.scales!r} must be multiples of patch_size={self.patch_size} "
-                             f"and end with image_size={self.image_size}")
+        check_sizes(self)
+        if self.scale_list[-1] != self.image_size:
+            raise ValueError(f"scales={self.scales!r} must end with image_size={self.image_size}")
+        for which in ("", "decoder_"):
+            d, n = getattr(self, f"{which}hidden_size"), getattr(self, f"{which}num_attention_heads")
+            if d % 4 or d % n:
+                raise ValueError(f"{which}hidden_size={d} must be a multiple of 4 and of its num_attention_heads={n}")
 
     @property
     def scale_list(self):
@@ -69,7 +72,7 @@ class VideoMAEConfig:
     @classmethod
     def from_file(cls, path):
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in json.loads(Path(path).read_text()).items() if k in known})
+        return cls(**{k: v for k, v in read_config(path).items() if k in known})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,7 +357,10 @@ class ReconstructionLoss(nn.Module):
     def __init__(self, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None, networks=None, source=None):
         super().__init__()
         self.terms = loss_type.split("+")
-        self.weights = [float(w) for w in loss_weights.split("+")]
+        try:
+            self.weights = [float(w) for w in loss_weights.split("+")]
+        except ValueError:
+            raise ValueError(f"loss_weights={loss_weights!r}: write a number per term, joined by +") from None
         if len(self.terms) != len(self.weights):
             raise ValueError(
                 f"loss_type={loss_type!r} and loss_weights={loss_weights!r} name different numbers of terms")

@@ -47,11 +47,7 @@ class GazeViT(nn.Module):
             raise ValueError(f"attention={attention!r} is none of {', '.join(ATTENTION)}")
         self.attention, self.frame_independent = attention, frame_independent
         self.patch_size = p = self.network.config.patch_size
-        try:
-            sides = as_sides(scales)
-        except (TypeError, ValueError, IndexError):
-            raise ValueError(f"scales={scales!r} must be sides joined by '+', such as '32+64+112+224', or a list of "
-                             "ints or (height, width) pairs") from None
+        sides = as_sides(scales)
         if not sides or min(min(s) for s in sides) < p:
             raise ValueError(f"scales={scales!r}: every side must hold a patch, {p} pixels in this network")
         self.scales = sides

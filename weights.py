@@ -4,6 +4,7 @@ model.py, videomae.py and vit.py load and save through here; what the models com
 """
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -68,6 +69,30 @@ def assign(module, tensors, source, name=lambda n: n):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# configs
+
+
+def check_sizes(config):
+    """ValueError naming what no model can have: a size below 1, scales that are not cut into whole patches."""
+    for key, value in vars(config).items():
+        if type(value) is int and value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
+    if not re.fullmatch(r"[0-9]+(\+[0-9]+)*", config.scales) or any(s % config.patch_size for s in config.scale_list):
+        raise ValueError(f"scales={config.scales!r} must be multiples of patch_size={config.patch_size}, joined by +")
+
+
+def read_config(path):
+    """The dict in a config.json."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON, was it cut off? ({e})") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, found a {type(config).__name__}")
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # names
 
 
@@ -104,7 +129,7 @@ def save_gaze(folder, state, config):
 
 def read_gaze_config(path):
     """Arguments of GazeConfig from a config.json as the published code writes it. ValueError: a key is missing."""
-    d = json.loads(Path(path).read_text())
+    d = read_config(path)
     try:
         g = d["gaze_model_config"]
         vision, decoder = g["vision_model_config"], g["gaze_decoder_config"]
@@ -124,7 +149,7 @@ def read_gaze_config(path):
             task_loss_requirement=(
                 d["task_loss_requirement_config"]["fixed"]["task_loss_requirement"] if needs else None),
             reference_decoding=d.get("reference_decoding", True), reference_file=d)
-    except KeyError as e:
+    except (KeyError, TypeError) as e:
         raise ValueError(f"{path}: not the config of a gaze model, key {e} is missing") from None
 
 
@@ -168,9 +193,10 @@ def gaze_config_json(c):
 
 
 def is_hub_id(path):
-    """Whether path, which is no folder here, looks like owner/name on the Hugging Face hub."""
+    """Whether path, which is no folder here, looks like owner/name on the Hugging Face hub. Ours write to out/."""
     path = Path(path)
-    return not path.exists() and len(path.parts) == 2 and not path.parent.exists()
+    return (not path.exists() and len(path.parts) == 2 and not path.parent.exists()
+            and path.parts[0] not in ("out", "data", "/", ".."))
 
 
 def announce(hub_id):

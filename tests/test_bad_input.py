@@ -10,12 +10,16 @@ from conftest import tiny_gaze, tiny_mae
 
 import common
 import data
+import eval as eval_
 import label
 import label_files
+import make_data
+import pipeline
 import train_grpo
 import train_ntp
 import train_videomae
 from data import VideoError
+from model import Gaze
 from videomae import VideoMAE
 
 V = 20  # ids per frame
@@ -38,7 +42,7 @@ def call(script, *args):
     (train_ntp, "--lr=fast", "lr: expected float, got 'fast'"),
     (train_ntp, "--lr=0", "lr=0.0"), (train_ntp, "--epochs=0", "epochs"), (train_ntp, "--steps=0", "steps=0"),
     (train_ntp, "--val_ratio=0", "val_ratio=0"), (train_ntp, "--val_ratio=1.1", "val_ratio=1.1"),
-    (train_ntp, "--alpha=1,0", "alpha='1,0'"), (train_ntp, "--alpha=1,2,3 --n_frames=2", "alpha='1,2,3'.*2 values"),
+    (train_ntp, "--alpha=1,0", "alpha='1,0'"), (train_ntp, "--alpha=1,2,3 --n_frames=2", "alpha='1,2,3'.*2 numbers"),
     (train_ntp, "--num_multi_token_pred=266", "num_multi_token_pred=266.*1..265"),
     (train_ntp, "--scales=32+60", r"scales='32\+60'.*patch_size=16"),
     (train_ntp, "--scales=64+32", "ascend"),
@@ -52,7 +56,15 @@ def call(script, *args):
     (train_grpo, "--requirement_min=2", "requirement_min=2.0 is above"),
     (train_grpo, "--init_from=scratch --hidden_size=100", "hidden_size=100.*num_heads=6"),
     (train_videomae, "--ratio_max=2", "ratio_max=2.0"), (train_videomae, "--recon_frames=17", "recon_frames"),
-    (train_videomae, "--scales=32+60", "scales="), (label, "--ratio_max=2", "ratio_max")])
+    (train_videomae, "--scales=32+60", "scales="), (label, "--ratio_max=2", "ratio_max"),
+    *((script, f"--{bad}", bad.split("=")[0]) for script, bads in (
+        (train_ntp, "alpha=x scales=a scales=32+ patch_size=0 num_heads=0 seed=-1 task_loss_weight=-1"),
+        (train_grpo, "gamma=2 gamma=-1 seed=-1"),
+        (train_videomae, "num_attention_heads=0 num_attention_heads=3 hidden_size=33 patch_size=0 beta2=2 clip_grad=0"),
+        (label, "ratio_rate=0 stride=0 max_clips=-1 n_frames=0 alpha=x ratio_min=0.5"),
+        (eval_, "ratios=0.2, ratios=2 max_clips=0 n_frames=0 batch_size=0 greedy_clips=-1 alpha=x models=random=a "
+                "models=a=b,a=c models=a"),
+        (pipeline, "ratio=2 other_ratios=0 n_processes=0 n_frames=0")) for bad in bads.split())])
 def test_settings(script, args, says, capsys):
     with pytest.raises(SystemExit) as stop:
         call(script, *args.split())
@@ -80,6 +92,9 @@ LABELS = [
     ("an id twice", one(lambda pos, loss: pos[0].__setitem__(1, pos[0][0])), WHERE + "takes a patch twice: 1"),
     ("NaN", one(lambda pos, loss: loss[0].__setitem__(0, math.nan)), WHERE + "frame 0 has a loss that is not a finite"),
     ("null", one(lambda pos, loss: loss[0].__setitem__(0, None)), WHERE + "frame 0 has a loss that is not a finite"),
+    ("true for an id", one(lambda pos, loss: pos[0].__setitem__(0, True)), WHERE + "id True"),
+    ("beyond float32", one(lambda pos, loss: loss[0].__setitem__(0, 1e300)), WHERE + "loss that is not a finite"),
+    ("beyond any float", one(lambda pos, loss: loss[0].__setitem__(0, -10 ** 400)), WHERE + "loss that is not a fin"),
     ("a loss missing", one(lambda pos, loss: loss[0].pop()), WHERE + "2 gazes but 1 losses"),
     ("a frame missing", one(lambda pos, loss: (pos.pop(), loss.pop())), WHERE + "3 frames.*expected 4"),
     ("losses of a frame missing", one(lambda pos, loss: loss.pop()), WHERE + "3 of losses"),
@@ -113,11 +128,16 @@ def test_labels(tmp_path, toy, good, text, says, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_empty_frames_are_allowed(tmp_path, toy, good, packed):
+@pytest.mark.parametrize("kept", [[0, 1, 2], [1], []])
+def test_empty_frames_are_allowed(tmp_path, toy, good, packed, kept):
     path = tmp_path / "labels.json"
-    path.write_text(json.dumps(good))
+    path.write_text(json.dumps({key: {name: [frame if t in kept else [] for t, frame in enumerate(frames)]
+                                      for name, frames in entry.items()} for key, entry in good.items()}))
     path = label_files.pack_labels(path) if packed else path
     call(train_ntp, *SIZES, f"--root={toy}", f"--labels={path}", f"--out_dir={tmp_path}", "--steps=1")
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(last["val_ntp"]) and (last["val_ntp"] > 0) == bool(kept)
+    assert 0 not in kept or last["val_first_accuracy"] <= 1
 
 
 # ---- videos, checkpoints, disks. Checkpoints have no files of single ranks: nothing of that kind can be missing
@@ -188,6 +208,21 @@ def wandb_missing(folder, toy):
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
+def same_names(folder, toy):
+    """Searching takes long: refused before, not by the training that reads the labels."""
+    for name in "ab":
+        (folder / name).mkdir()
+        (folder / name / "toy").symlink_to(toy)
+    tiny_mae().save_pretrained(folder / "mae")
+    call(label, f"--root={folder}/a/toy,{folder}/b/toy", f"--videomae={folder / 'mae'}", "--n_frames=4", "--device=cpu")
+
+
+def damaged_config(folder, make, text):
+    make().save_pretrained(folder)
+    (folder / "config.json").write_text(text)
+    make().from_pretrained(folder)
+
+
 @pytest.mark.parametrize("do, error, says", [
     (all_corrupt, VideoError, "all 2 videos from .*0.mp4 on are unreadable"),
     (lambda f, toy: call(train_ntp, *SIZES, "--init_from=resume", f"--out_dir={f}", f"--root={toy}"),
@@ -206,6 +241,15 @@ def wandb_missing(folder, toy):
     (disk_full, OSError, "last.pt could not be written, the one before it is kept: is the disk full"),
     (damaged_pack, ValueError, "gazing_pos.bin has 2 bytes, 4 expected"),
     (lambda f, toy: label_files.load_labels(f), ValueError, "labels=.*not a folder written by"),
+    (lambda f, toy: label_files.load_labels(f / "none.json"), FileNotFoundError, "none.json does not exist: label.py"),
+    (lambda f, toy: same_names(f, toy), ValueError, "two folders have the same last name"),
+    (lambda f, toy: call(make_data, "toy", f"--out={f}", "--n_train=-1"), ValueError, "n_train=-1"),
+    *((lambda f, toy, m=m, text=text: damaged_config(f, m, text), ValueError, f"config.json.*{says}")
+      for m in (tiny_gaze, tiny_mae) for text, says in (("{", "not valid JSON"), ("[]", "expected an object"))),
+    (lambda f, toy: Gaze.from_pretrained("out/none"), FileNotFoundError, "out/none has no config.json"),
+    (lambda f, toy: tiny_gaze().stream(1).step(torch.zeros(2, 3, 32, 32)), ValueError, "batch_size=1.*2 clips"),
+    (lambda f, toy: tiny_gaze().generate(torch.zeros(1, 4, 3, 32, 32), target_patch_size=0), ValueError,
+     "target_patch_size=0"),
     (lambda f, toy: data.list_videos(f / "none", "train"), FileNotFoundError, "none does not exist: expected videos"),
     (wandb_missing, ValueError, "wandb=x needs the package: pip install wandb")])
 def test_files(tmp_path, toy, do, error, says):

@@ -223,12 +223,15 @@ def test_config_files(path):
 
 
 def test_pipeline_repeats_what_has_changed(tmp_path, monkeypatch, capsys):
-    """A stage runs again if its own settings have changed, or those of a stage before it; else it is skipped."""
+    """A stage runs again if its own settings have changed, or those of a stage before it; else it is skipped. What all
+    must agree on goes to all."""
     import pipeline
     out, started = tmp_path / "out", []
 
     def start(command, **_):
-        started.append(next(Path(word).stem for word in command if word.endswith(".py") and "/" not in word))
+        name = next(Path(word).stem for word in command if word.endswith(".py") and "/" not in word)
+        started.append(name)
+        assert {"--n_frames=3", "--seed=5"} <= {*command} and (name == "make_data" or "--alpha=4,1" in command)
         (out / "eval").mkdir(exist_ok=True)
         (out / "videomae").mkdir(exist_ok=True)
         row = {"loss": 1.0, "gap_closed": 0.0}
@@ -240,7 +243,8 @@ def test_pipeline_repeats_what_has_changed(tmp_path, monkeypatch, capsys):
 
     def ran(*args):
         started.clear()
-        monkeypatch.setattr(sys, "argv", ["pipeline.py", f"--out={out}", *args])
+        argv = ["pipeline.py", f"--out={out}", "--n_frames=3", "--seed=5", "--alpha=4,1", *args]
+        monkeypatch.setattr(sys, "argv", argv)
         pipeline.main()
         return sorted(set(started))
     everything = ["eval", "label", "make_data", "train_grpo", "train_ntp", "train_videomae"]
