@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from attention import causal_attention
-from weights import assign, check_sizes, load_gaze, published_name, save_gaze
+from weights import Grids, assign, load_gaze, published_name, save_gaze
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
 
 
 @dataclass
-class GazeConfig:
+class GazeConfig(Grids):
     scales: str = "32+64+112+224"      # side lengths at which a frame is looked at, ascending; the last: input size R
     patch_size: int = 16
     max_num_frames: int = 16           # frames of a training clip
@@ -53,7 +53,7 @@ class GazeConfig:
     reference_file: dict = field(default_factory=dict, repr=False)  # config.json as read; saving keeps its other keys
 
     def __post_init__(self):
-        check_sizes(self)
+        self.check_sizes()
         if sorted(set(self.scale_list)) != self.scale_list:
             raise ValueError(f"scales={self.scales!r} must ascend")
         if self.hidden_size % (2 * self.num_heads):
@@ -61,18 +61,6 @@ class GazeConfig:
         if not 1 <= self.num_multi_token_pred <= self.num_ids:
             raise ValueError(f"num_multi_token_pred={self.num_multi_token_pred} must be in 1..{self.num_ids}, "
                              "the ids of a frame")
-
-    @property
-    def scale_list(self):
-        return [int(s) for s in self.scales.split("+")]
-
-    @property
-    def ids_per_scale(self):
-        return [(s // self.patch_size) ** 2 for s in self.scale_list]
-
-    @property
-    def num_ids(self):  # V; also the id of the padding token
-        return sum(self.ids_per_scale)
 
     @property
     def image_size(self):  # R

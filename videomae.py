@@ -20,7 +20,7 @@ from einops import rearrange
 
 from attention import block_causal_attention
 from data import IMAGE_MEAN, IMAGE_STD
-from weights import announce, assign, check_sizes, download, is_hub_id, old_name, read_config, read_tensors, save_folder
+from weights import Grids, announce, assign, download, is_hub_id, old_name, read_config, read_tensors, save_folder
 
 WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
 # Parameters that a plain ViTMAE lacks; taken as start weights they are drawn anew.
@@ -30,7 +30,7 @@ VIDEO_ONLY = ("vit.embeddings.scale_embed", "vit.embeddings.time_embed", "decode
 NETWORKS = {"dinov2_reg": ("facebook/dinov2-with-registers-base", IMAGE_MEAN, IMAGE_STD),
             "siglip2": ("google/siglip2-base-patch16-224", (0.5,) * 3, (0.5,) * 3)}
 @dataclass
-class VideoMAEConfig:
+class VideoMAEConfig(Grids):
     """Field names of Hugging Face's ViTMAEConfig plus scales and max_num_frames. Defaults: the published ViT-L."""
     scales: str = "32+64+112+224"
     max_num_frames: int = 256
@@ -49,25 +49,13 @@ class VideoMAEConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        check_sizes(self)
+        self.check_sizes()
         if self.scale_list[-1] != self.image_size:
             raise ValueError(f"scales={self.scales!r} must end with image_size={self.image_size}")
         for which in ("", "decoder_"):
             d, n = getattr(self, f"{which}hidden_size"), getattr(self, f"{which}num_attention_heads")
             if d % 4 or d % n:
                 raise ValueError(f"{which}hidden_size={d} must be a multiple of 4 and of its num_attention_heads={n}")
-
-    @property
-    def scale_list(self):
-        return [int(s) for s in self.scales.split("+")]
-
-    @property
-    def ids_per_scale(self):
-        return [(s // self.patch_size) ** 2 for s in self.scale_list]
-
-    @property
-    def num_ids(self):  # V
-        return sum(self.ids_per_scale)
 
     @classmethod
     def from_file(cls, path):

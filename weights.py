@@ -72,13 +72,28 @@ def assign(module, tensors, source, name=lambda n: n):
 # configs
 
 
-def check_sizes(config):
-    """ValueError naming what no model can have: a size below 1, scales that are not cut into whole patches."""
-    for key, value in vars(config).items():
-        if type(value) is int and value < 1:
-            raise ValueError(f"{key}={value} must be at least 1")
-    if not re.fullmatch(r"[0-9]+(\+[0-9]+)*", config.scales) or any(s % config.patch_size for s in config.scale_list):
-        raise ValueError(f"scales={config.scales!r} must be multiples of patch_size={config.patch_size}, joined by +")
+class Grids:
+    """What follows from `scales` and `patch_size` of a model's config."""
+
+    @property
+    def scale_list(self):
+        return [int(s) for s in self.scales.split("+")]
+
+    @property
+    def ids_per_scale(self):
+        return [(s // self.patch_size) ** 2 for s in self.scale_list]
+
+    @property
+    def num_ids(self):  # V; also the id of the padding token
+        return sum(self.ids_per_scale)
+
+    def check_sizes(self):
+        """ValueError naming what no model can have: a size below 1, scales that are not cut into whole patches."""
+        for key, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{key}={value} must be at least 1")
+        if not re.fullmatch(r"[0-9]+(\+[0-9]+)*", self.scales) or any(s % self.patch_size for s in self.scale_list):
+            raise ValueError(f"scales={self.scales!r} must be multiples of patch_size={self.patch_size}, joined by +")
 
 
 def read_config(path):
