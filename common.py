@@ -272,13 +272,18 @@ def draw_ratio(kind, fixed, low, high, rate, generator):
     return -math.log(a - u * (a - b)) / rate
 
 
+def numbers(text):
+    """'10,3' -> [10.0, 3.0]; [nan], which passes no comparison, of anything else."""
+    try:
+        return [float(v) for v in str(text).split(",")]
+    except ValueError:
+        return [math.nan]
+
+
 def parse_alpha(alpha, n_frames):
     """'10,3' -> [10, 3, 3, …]: the last value is repeated over the remaining frames."""
-    try:
-        values = [float(a) for a in str(alpha).split(",")]
-    except ValueError:
-        values = [0.0]
-    if len(values) > n_frames or not min(values) > 0:
+    values = numbers(alpha)
+    if len(values) > n_frames or not all(0 < v < math.inf for v in values):
         raise ValueError(f"alpha={alpha!r} needs at most {n_frames} numbers (frames), all above 0, joined by commas")
     return values + values[-1:] * (n_frames - len(values))
 
@@ -363,11 +368,12 @@ def check_settings(cfg):
     """ValueError naming the first key that no run can work with; for the keys that the scripts share."""
     least = dict(n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
                  log_every=1, val_clips=1, reward_batch=0, max_clips=0, max_candidates=1, greedy_clips=0, study_clips=1,
-                 seed=0, lr_end=0, task_loss_weight=0)
+                 seed=0, lr_end=0, task_loss_weight=0, weight_decay=0, n_train=1, n_val=1, label_clips=1, n_processes=1)
     for key, value in asdict(cfg).items():
         if key in least and value is not None and value < least[key]:
             raise ValueError(f"{key}={value} must be at least {least[key]}")
-        if key in ("ratio", "ratio_min", "ratio_max", "val_ratio") and not 0 < value <= 1:
+        share = key in ("ratio", "ratios", "ratio_min", "ratio_max", "val_ratio") or key == "other_ratios" and value
+        if share and not all(0 < v <= 1 for v in numbers(value)):
             raise ValueError(f"{key}={value} must lie in (0, 1], it is a share of the patches")
         if key in ("epochs", "lr", "ratio_rate", "clip_grad") and value <= 0:
             raise ValueError(f"{key}={value} must be above 0")

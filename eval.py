@@ -76,15 +76,14 @@ class Config:
 
     def check(self):
         common.check_settings(self)
-        names = [m.split("=")[0] for m in filter(None, self.models.split(","))]
-        if self.models.count("=") < len(names) or len({*names, *UNTRAINED, "greedy"}) < len(names) + len(UNTRAINED) + 1:
+        entries = [m.partition("=") for m in self.models.split(",") if m]
+        if len({name for name, _, folder in entries if name and folder} - {*UNTRAINED, "greedy"}) < len(entries):
             raise ValueError(f"models={self.models}: write name=folder,name=folder; every name once, none of "
                              f"{', '.join(UNTRAINED)}, greedy")
         if self.max_clips < 1:
             raise ValueError(f"max_clips={self.max_clips} must be at least 1")
         whole = r"[1-9][0-9]*"
         for key, form, example in (("strides", whole, "1,2,4"), ("sides", whole, "224,448"),
-                                   ("ratios", r"0*\.[0-9]*[1-9][0-9]*|1(\.0*)?", "0.1,0.2 (above 0, at most 1)"),
                                    ("requirements", r"auto|[0-9]*\.?[0-9]+", "0.6,0.7 or auto")):
             if not all(re.fullmatch(form, v) for v in getattr(self, key).split(",") if getattr(self, key)):
                 raise ValueError(f"{key}={getattr(self, key)}: write it like {example}")

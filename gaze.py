@@ -3,7 +3,7 @@
     python gaze.py --video=my.mp4 --ckpt=out/toy/grpo --videomae=out/toy/videomae
     python gaze.py --video=my.mp4 --gazing_ratio=0.05 --start=12 --max_frames=0     # from 12 s to the end
     python gaze.py --video=my.mp4 --scale=1 --duration=60 --fps=2                   # whole frames at native size
-    python gaze.py --video=/dev/video0                                              # live; also a pipe or a URL
+    python gaze.py --video=/dev/video0                                        # live; also a pipe (-: stdin), a URL
 
 Takes the centre square of the picture, or with --scale the whole picture, resized by it and laid out in tiles of the
 model's input size, the last ones padded with zeros. Cuts the video into chunks as long as the model's training clips
@@ -68,7 +68,7 @@ from weights import is_hub_id
 
 @dataclass
 class Config:
-    video: str = ""                    # the file to look at; live: a camera (/dev/video0), a pipe, a URL
+    video: str = ""                    # the file to look at; live: a camera (/dev/video0), a pipe (-: stdin), a URL
     live: bool | None = None           # gaze at frames one by one as they come; none: if video is no regular file
     ckpt: str = "out/toy/grpo"         # gaze model: a folder or a hub id
     videomae: str | None = None        # reconstructor of the same scales, a folder or file; none: no reconstruction

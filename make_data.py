@@ -88,9 +88,10 @@ class ScanConfig:
 
 
 def check_numbers(cfg, positive, even):
-    for key in positive + even:
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"--{key}={getattr(cfg, key)}: must be at least 1")
+    for key, value in asdict(cfg).items():
+        least = int(key in positive + even)
+        if not isinstance(value, str) and value < least:
+            raise ValueError(f"--{key}={value}: must be at least {least}")
     for key in even:
         if getattr(cfg, key) % 2:
             raise ValueError(f"--{key}={getattr(cfg, key)}: must be even, the video format halves its colour planes")
@@ -343,16 +344,13 @@ COMMANDS = {"toy": (ToyConfig, toy),
 
 def main():
     if sys.argv[1:2] in (["-h"], ["--help"]):
-        print(__doc__.strip())
+        texts = [configurator.help_text(config).removeprefix(__doc__.strip()) for config, _ in COMMANDS.values()]
+        print(__doc__.strip(), *(f"\n{name}:{text}" for name, text in zip(COMMANDS, texts, strict=True)), sep="\n")
         return
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.exit(__doc__.strip())
     config, command = COMMANDS[sys.argv[1]]
-    cfg = configurator.parse(config, sys.argv[2:])
-    for key, value in asdict(cfg).items():
-        if isinstance(value, (int, float)) and value < 0:
-            raise ValueError(f"{key}={value} must not be below 0")
-    command(cfg)
+    command(configurator.parse(config, sys.argv[2:]))
 
 
 if __name__ == "__main__":

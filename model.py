@@ -244,8 +244,8 @@ class Gaze(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """Load config.json + model.safetensors from a folder or a hub id. ValueError names tensors that do not fit."""
-        settings, tensors, source = load_gaze(folder)
-        gaze = cls(GazeConfig(**settings))
+        config, tensors, source = load_gaze(folder, GazeConfig)
+        gaze = cls(config)
         assign(gaze, tensors, source, published_name)
         return gaze
 

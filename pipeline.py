@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import configurator
 
 
@@ -25,7 +26,7 @@ class Config:
     configs: str = "config/toy"        # <configs>_videomae.py, <configs>_label.py, … hold the settings of each stage
     n_train: int = 4000                # generated training clips
     n_val: int = 200                   # generated clips that are held out
-    cut: str = "--n_frames=4 --stride=2"  # how to cut windows from `videos`
+    cut: str = "--stride=2"            # how to cut windows from `videos`
     videomae_args: str = ""            # more settings of this stage, as on its command line: "--steps=200 --lr=1e-3"
     ntp_args: str = ""
     grpo_args: str = ""                # of both GRPO runs
@@ -39,12 +40,7 @@ class Config:
     seed: int = 666                    # of every stage
 
     def check(self):
-        for key in ("n_train", "n_val", "label_clips", "n_frames", "n_processes"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        for ratio in [str(self.ratio), *filter(None, self.other_ratios.split(","))]:
-            if not 0 < float(ratio) <= 1:
-                raise ValueError(f"ratio={self.ratio}, other_ratios={self.other_ratios}: all must lie in (0, 1]")
+        common.check_settings(self)
 
 
 def main():
@@ -89,30 +85,30 @@ def main():
         return [*run, name, *args]
 
     n, root = cfg.n_processes, f"--root={data}"
-    common = [root, *(f"--{key}={getattr(cfg, key)}" for key in ("n_frames", "alpha", "seed", "device"))]
+    shared = [root, *(f"--{key}={getattr(cfg, key)}" for key in ("n_frames", "alpha", "seed", "device"))]
     mae, labels = f"--videomae={out}/videomae", f"{out}/gazing_labels.json"
     if cfg.videos:
         stage("data", script("make_data.py", "cut", f"--src={cfg.videos}", f"--out={data}", f"--seed={cfg.seed}",
-                             *cfg.cut.split()))
+                             f"--n_frames={cfg.n_frames}", *cfg.cut.split()))
     else:
         stage("data", script("make_data.py", "toy", f"--out={data}", f"--n_train={cfg.n_train}", f"--n_val={cfg.n_val}",
                              f"--n_frames={cfg.n_frames}", f"--seed={cfg.seed}", f"--n_workers={n}"))
-    if stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *common,
+    if stage("videomae", script("train_videomae.py", f"{cfg.configs}_videomae.py", *shared,
                                 f"--out_dir={out}/videomae", *cfg.videomae_args.split(), n=n)):
         for old in out.glob("gazing_labels.json*"):  # of the reconstructor before
             old.unlink()
-    stage("labels", script("label.py", f"{cfg.configs}_label.py", *common, mae, f"--out={labels}",
+    stage("labels", script("label.py", f"{cfg.configs}_label.py", *shared, mae, f"--out={labels}",
                            f"--max_clips={cfg.label_clips}", n=n))
-    ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *common, mae, f"--labels={labels}",
+    ntp = script("train_ntp.py", f"{cfg.configs}_ntp.py", *shared, mae, f"--labels={labels}",
                  f"--val_ratio={cfg.ratio}", f"--out_dir={out}/ntp", *cfg.ntp_args.split(), n=max(1, n - 1))
-    grpo = [f"{cfg.configs}_grpo.py", *common, mae, f"--ratio={cfg.ratio}", f"--val_ratio={cfg.ratio}",
+    grpo = [f"{cfg.configs}_grpo.py", *shared, mae, f"--ratio={cfg.ratio}", f"--val_ratio={cfg.ratio}",
             *cfg.grpo_args.split()]
     # GRPO from scratch, to see what NTP is worth, runs beside NTP: two processes of one core do more than one of two
     stage("ntp", ntp, script("train_grpo.py", *grpo, "--init_from=scratch", f"--out_dir={out}/rl_only"))
     stage("grpo", script("train_grpo.py", *grpo, f"--init_from={out}/ntp", f"--out_dir={out}/grpo", n=n))
     ratios = ",".join(filter(None, [str(cfg.ratio), cfg.other_ratios]))
     models = ",".join(f"{m}={out}/{m}" for m in ("rl_only", "ntp", "grpo"))
-    stage("eval", script("eval.py", *common, mae, f"--models={models}", f"--out_dir={out}/eval",
+    stage("eval", script("eval.py", *shared, mae, f"--models={models}", f"--out_dir={out}/eval",
                          f"--ratios={ratios}", "--greedy_clips=32"))
 
     result = json.loads((out / "eval" / "eval.json").read_text())

@@ -57,7 +57,8 @@ def read_live(path, picks):
                 if wanted is None:
                     return
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: cannot be read as a video stream ({error})") from error
+        raise VideoError(f"{path}: cannot be read as a video stream ({error}); an MP4 can be piped only if its index "
+                         "comes first: ffmpeg -movflags faststart") from error
 
 
 def in_background(items, stop):

@@ -9,13 +9,14 @@ from einops import rearrange
 from model import join_frames, pack_front
 
 
-def as_sides(scales):
+def as_sides(scales, key="scales"):
     """"56+112", or a list of ints or (height, width) pairs -> list of (height, width)."""
     try:
         sides = [int(s) for s in scales.split("+")] if isinstance(scales, str) else scales
+        sides[0]
         return [(int(s[0]), int(s[1])) if isinstance(s, (tuple, list)) else (operator.index(s),) * 2 for s in sides]
     except (TypeError, ValueError, IndexError):
-        raise ValueError(f"scales={scales!r} must be sides joined by '+', such as '32+64+112+224', or a list of "
+        raise ValueError(f"{key}={scales!r} must be sides joined by '+', such as '32+64+112+224', or a list of "
                          "ints or (height, width) pairs") from None
 
 
@@ -34,7 +35,7 @@ class Tiling:
             raise ValueError(f"target_patch_size={p} must be at least 1")
         if target_scales is None:
             target_scales = [s * p // config.patch_size for s in config.scale_list]
-        sides = as_sides(target_scales)
+        sides = as_sides(target_scales, "target_scales")
         self.sides = [s // config.patch_size for s in config.scale_list]  # of a tile's grids, in patches
         self.grids = [(h // p, w // p) for h, w in sides]  # of the whole frame
         self.size = sides[-1]

@@ -22,6 +22,7 @@ import configurator
 import viz
 from data import Clips, collate, normalize
 from model import one_clip
+from tiling import as_sides
 from videomae import VideoMAE, VideoMAEConfig
 
 
@@ -87,11 +88,12 @@ class Config:
         common.check_settings(self)
         self.model()
         if not 1 <= self.recon_frames <= self.n_frames <= self.max_num_frames:
-            raise ValueError("need 1 <= recon_frames <= n_frames <= max_num_frames")
+            raise ValueError(f"need 1 <= recon_frames={self.recon_frames} <= n_frames={self.n_frames} <= "
+                             f"max_num_frames={self.max_num_frames}")
 
     def model(self):
         keys = VideoMAEConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
-        return VideoMAEConfig(**{k: getattr(self, k) for k in keys}, image_size=int(self.scales.split("+")[-1]))
+        return VideoMAEConfig(**{k: getattr(self, k) for k in keys}, image_size=as_sides(self.scales)[-1][0])
 
 
 def draw_budgets(cfg, V, generator):

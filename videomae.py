@@ -60,7 +60,7 @@ class VideoMAEConfig(Grids):
     @classmethod
     def from_file(cls, path):
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in read_config(path).items() if k in known})
+        return read_config(path, lambda d: cls(**{k: v for k, v in d.items() if k in known}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,9 +217,7 @@ class VideoMAE(nn.Module):
 
         Perceptual networks come from the file if it holds them, else from dinov2_reg and siglip2 (as in the class).
         FileNotFoundError: no weights there; ValueError names tensors that do not fit."""
-        path = Path(path)
-        if is_hub_id(path):
-            path = download(str(path), WEIGHT_FILES)
+        path = download(str(path), WEIGHT_FILES) if is_hub_id(path) else Path(path)
         folder = path if path.is_dir() else None
         if folder:
             if config is None and (folder / "config.json").is_file():

@@ -48,7 +48,7 @@ class GazeViT(nn.Module):
         self.attention, self.frame_independent = attention, frame_independent
         self.patch_size = p = self.network.config.patch_size
         sides = as_sides(scales)
-        if not sides or min(min(s) for s in sides) < p:
+        if min(min(s) for s in sides) < p:
             raise ValueError(f"scales={scales!r}: every side must hold a patch, {p} pixels in this network")
         self.scales = sides
         self.grids = [(h // p, w // p) for h, w in sides]

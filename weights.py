@@ -96,15 +96,20 @@ class Grids:
             raise ValueError(f"scales={self.scales!r} must be multiples of patch_size={self.patch_size}, joined by +")
 
 
-def read_config(path):
-    """The dict in a config.json."""
+def read_config(path, build):
+    """build(the dict in a config.json). ValueError names the file."""
     try:
         config = json.loads(Path(path).read_text())
     except ValueError as e:
         raise ValueError(f"{path} is not valid JSON, was it cut off? ({e})") from e
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected an object, found a {type(config).__name__}")
-    return config
+    try:
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, found a {type(config).__name__}")
+        return build(config)
+    except KeyError as e:
+        raise ValueError(f"{path}: not the config of a gaze model, key {e} is missing") from e
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: {e}") from e
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,44 +133,41 @@ def old_name(name):
 # the gaze model's folders
 
 
-def load_gaze(folder):
-    """(arguments of GazeConfig, {published name: tensor}, where they come from) of a folder or a hub id."""
+def load_gaze(folder, make):
+    """(make(settings): a GazeConfig, {published name: tensor}, where they come from) of a folder or a hub id."""
     folder = download(str(folder), ["model.safetensors"]) if is_hub_id(folder) else Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
     file = folder / "model.safetensors"
-    return read_gaze_config(folder / "config.json"), read_tensors(file), f"{file} and its config.json"
+    config = read_config(folder / "config.json", lambda d: make(**gaze_settings(d)))
+    return config, read_tensors(file), f"{file} and its config.json"
 
 
 def save_gaze(folder, state, config):
     save_folder(folder, {published_name(n): t for n, t in state.items()}, gaze_config_json(config))
 
 
-def read_gaze_config(path):
-    """Arguments of GazeConfig from a config.json as the published code writes it. ValueError: a key is missing."""
-    d = read_config(path)
-    try:
-        g = d["gaze_model_config"]
-        vision, decoder = g["vision_model_config"], g["gaze_decoder_config"]
-        rope = decoder.get("rope_scaling") or decoder["rope_parameters"]
-        needs = d.get("has_task_loss_requirement_during_inference", False)
-        return dict(
-            scales=str(d["scales"]), patch_size=vision["kernel_size"], max_num_frames=d["max_num_frames"],
-            hidden_size=decoder["hidden_size"], num_layers=decoder["num_hidden_layers"],
-            num_heads=decoder["num_attention_heads"], intermediate_size=decoder["intermediate_size"],
-            num_conv_blocks=vision["depth"], num_multi_token_pred=decoder["num_multi_token_pred"],
-            rms_norm_eps=decoder["rms_norm_eps"], initializer_range=decoder.get("initializer_range", 0.02),
-            rope_theta=decoder.get("rope_theta") or rope["rope_theta"],
-            rope_factor=rope["factor"], rope_low_freq_factor=rope["low_freq_factor"],
-            rope_high_freq_factor=rope["high_freq_factor"],
-            rope_original_length=rope["original_max_position_embeddings"],
-            gazing_ratio=d["gazing_ratio_config"]["fixed"]["gazing_ratio"],
-            task_loss_requirement=(
-                d["task_loss_requirement_config"]["fixed"]["task_loss_requirement"] if needs else None),
-            reference_decoding=d.get("reference_decoding", True), reference_file=d)
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{path}: not the config of a gaze model, key {e} is missing") from None
+def gaze_settings(d):
+    """Arguments of GazeConfig from a config.json as the published code writes it. KeyError: a key is missing."""
+    g = d["gaze_model_config"]
+    vision, decoder = g["vision_model_config"], g["gaze_decoder_config"]
+    rope = decoder.get("rope_scaling") or decoder["rope_parameters"]
+    needs = d.get("has_task_loss_requirement_during_inference", False)
+    return dict(
+        scales=str(d["scales"]), patch_size=vision["kernel_size"], max_num_frames=d["max_num_frames"],
+        hidden_size=decoder["hidden_size"], num_layers=decoder["num_hidden_layers"],
+        num_heads=decoder["num_attention_heads"], intermediate_size=decoder["intermediate_size"],
+        num_conv_blocks=vision["depth"], num_multi_token_pred=decoder["num_multi_token_pred"],
+        rms_norm_eps=decoder["rms_norm_eps"], initializer_range=decoder.get("initializer_range", 0.02),
+        rope_theta=decoder.get("rope_theta") or rope["rope_theta"],
+        rope_factor=rope["factor"], rope_low_freq_factor=rope["low_freq_factor"],
+        rope_high_freq_factor=rope["high_freq_factor"],
+        rope_original_length=rope["original_max_position_embeddings"],
+        gazing_ratio=d["gazing_ratio_config"]["fixed"]["gazing_ratio"],
+        task_loss_requirement=(
+            d["task_loss_requirement_config"]["fixed"]["task_loss_requirement"] if needs else None),
+        reference_decoding=d.get("reference_decoding", True), reference_file=d)
 
 
 def gaze_config_json(c):
@@ -209,9 +211,9 @@ def gaze_config_json(c):
 
 def is_hub_id(path):
     """Whether path, which is no folder here, looks like owner/name on the Hugging Face hub. Ours write to out/."""
-    path = Path(path)
+    first, path = str(path).split("/")[0], Path(path)
     return (not path.exists() and len(path.parts) == 2 and not path.parent.exists()
-            and path.parts[0] not in ("out", "data", "/", ".."))
+            and first not in ("out", "data", ".", "..", ""))
 
 
 def announce(hub_id):

@@ -20,7 +20,7 @@ import train_ntp
 import train_videomae
 from data import VideoError
 from model import Gaze
-from videomae import VideoMAE
+from videomae import ReconstructionLoss, VideoMAE
 
 V = 20  # ids per frame
 SIZES = ["--scales=16+32", "--patch_size=8", "--hidden_size=32", "--num_layers=1", "--num_heads=2",
@@ -57,15 +57,19 @@ def call(script, *args):
     (train_grpo, "--init_from=scratch --hidden_size=100", "hidden_size=100.*num_heads=6"),
     (train_videomae, "--ratio_max=2", "ratio_max=2.0"), (train_videomae, "--recon_frames=17", "recon_frames"),
     (train_videomae, "--scales=32+60", "scales="), (label, "--ratio_max=2", "ratio_max"),
+    (make_data, "toy --n_train=-1", "n_train=-1"), (make_data, "cut --hop=-1", "hop=-1"),
     *((script, f"--{bad}", bad.split("=")[0]) for script, bads in (
-        (train_ntp, "alpha=x scales=a scales=32+ patch_size=0 num_heads=0 seed=-1 task_loss_weight=-1"),
+        (train_ntp, "alpha=x alpha=1,nan scales=a scales=32+ patch_size=0 num_heads=0 seed=-1 task_loss_weight=-1"),
         (train_grpo, "gamma=2 gamma=-1 seed=-1"),
-        (train_videomae, "num_attention_heads=0 num_attention_heads=3 hidden_size=33 patch_size=0 beta2=2 clip_grad=0"),
-        (label, "ratio_rate=0 stride=0 max_clips=-1 n_frames=0 alpha=x ratio_min=0.5"),
-        (eval_, "ratios=0.2, ratios=2 max_clips=0 n_frames=0 batch_size=0 greedy_clips=-1 alpha=x models=random=a "
-                "models=a=b,a=c models=a"),
-        (pipeline, "ratio=2 other_ratios=0 n_processes=0 n_frames=0")) for bad in bads.split())])
-def test_settings(script, args, says, capsys):
+        (train_videomae, "num_attention_heads=0 num_attention_heads=3 hidden_size=33 patch_size=0 beta2=2 clip_grad=0 "
+                         "clip_grad=-1 scales=a scales= weight_decay=-1 recon_frames=0"),
+        (label, "ratio_rate=0 stride=0 max_clips=-1 n_frames=0 alpha=x ratio_min=0.5 ratio_rate=-1"),
+        (eval_, "ratios=0.2, ratios=2 ratios=a ratios= max_clips=0 max_clips=-1 n_frames=0 stride=0 batch_size=0 "
+                "alpha=x greedy_clips=-1 models=random=a models=a=b,a=c models=a models=a=b=c,d models=a= models==b"),
+        (pipeline, "ratio=2 other_ratios=0 other_ratios=a other_ratios=0.2, alpha=x alpha=1,2,3,4,5 seed=-1 n_train=0 "
+                   "n_val=0 label_clips=0 n_processes=0 n_frames=0")) for bad in bads.split())])
+def test_settings(script, args, says, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline.subprocess, "Popen", None)  # no stage may start
     with pytest.raises(SystemExit) as stop:
         call(script, *args.split())
     assert stop.value.code == 2
@@ -217,9 +221,10 @@ def same_names(folder, toy):
     call(label, f"--root={folder}/a/toy,{folder}/b/toy", f"--videomae={folder / 'mae'}", "--n_frames=4", "--device=cpu")
 
 
-def damaged_config(folder, make, text):
+def damaged_config(folder, make, change):
     make().save_pretrained(folder)
-    (folder / "config.json").write_text(text)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(change(text))
     make().from_pretrained(folder)
 
 
@@ -243,13 +248,20 @@ def damaged_config(folder, make, text):
     (lambda f, toy: label_files.load_labels(f), ValueError, "labels=.*not a folder written by"),
     (lambda f, toy: label_files.load_labels(f / "none.json"), FileNotFoundError, "none.json does not exist: label.py"),
     (lambda f, toy: same_names(f, toy), ValueError, "two folders have the same last name"),
-    (lambda f, toy: call(make_data, "toy", f"--out={f}", "--n_train=-1"), ValueError, "n_train=-1"),
-    *((lambda f, toy, m=m, text=text: damaged_config(f, m, text), ValueError, f"config.json.*{says}")
-      for m in (tiny_gaze, tiny_mae) for text, says in (("{", "not valid JSON"), ("[]", "expected an object"))),
-    (lambda f, toy: Gaze.from_pretrained("out/none"), FileNotFoundError, "out/none has no config.json"),
+    *((lambda f, toy, m=m, change=change: damaged_config(f, m, change), ValueError, f"config.json.*{says}")
+      for m in (tiny_gaze, tiny_mae) for change, says in (
+          (lambda _: "{", "not valid JSON"), (lambda _: "[]", "expected an object"),
+          (lambda text: text.replace("16+32", "x+y"), r"scales='x\+y'"),
+          (lambda text: text.replace('"hidden_size": 32', '"hidden_size": null'), "NoneType"))),
+    *((lambda f, toy, name=name: Gaze.from_pretrained(name), FileNotFoundError, "none has no config.json")
+      for name in ("out/none", "./none/none", "/none", "../none/none")),
+    (lambda f, toy: VideoMAE.from_pretrained("./none/none"), FileNotFoundError, "none/none.* no VideoMAE weights"),
+    (lambda f, toy: ReconstructionLoss("l1", "a"), ValueError, "loss_weights='a'"),
     (lambda f, toy: tiny_gaze().stream(1).step(torch.zeros(2, 3, 32, 32)), ValueError, "batch_size=1.*2 clips"),
     (lambda f, toy: tiny_gaze().generate(torch.zeros(1, 4, 3, 32, 32), target_patch_size=0), ValueError,
      "target_patch_size=0"),
+    *((lambda f, toy, sides=sides: tiny_gaze().generate(torch.zeros(1, 4, 3, 32, 32), target_scales=sides), ValueError,
+       "target_scales=.* must be sides joined") for sides in ("a", "", [])),
     (lambda f, toy: data.list_videos(f / "none", "train"), FileNotFoundError, "none does not exist: expected videos"),
     (wandb_missing, ValueError, "wandb=x needs the package: pip install wandb")])
 def test_files(tmp_path, toy, do, error, says):

@@ -232,6 +232,8 @@ def test_pipeline_repeats_what_has_changed(tmp_path, monkeypatch, capsys):
         name = next(Path(word).stem for word in command if word.endswith(".py") and "/" not in word)
         started.append(name)
         assert {"--n_frames=3", "--seed=5"} <= {*command} and (name == "make_data" or "--alpha=4,1" in command)
+        assert name not in ("train_ntp", "train_grpo") or "--val_ratio=0.251" in command
+        assert name != "train_grpo" or "--ratio=0.251" in command
         (out / "eval").mkdir(exist_ok=True)
         (out / "videomae").mkdir(exist_ok=True)
         row = {"loss": 1.0, "gap_closed": 0.0}
@@ -248,7 +250,8 @@ def test_pipeline_repeats_what_has_changed(tmp_path, monkeypatch, capsys):
         pipeline.main()
         return sorted(set(started))
     everything = ["eval", "label", "make_data", "train_grpo", "train_ntp", "train_videomae"]
-    assert ran() == everything
+    assert ran() == ran("--videos=mine") == everything
+    ran()
     assert ran() == []
     assert ran("--ntp_args=--steps=3") == ["eval", "train_grpo", "train_ntp"]
     assert ran("--ntp_args=--steps=3") == []

@@ -526,6 +526,13 @@ def test_settings_are_checked(cls, key, value):
         cls(**{key: value}).check()
 
 
+def test_help_lists_the_keys_of_all_commands(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["make_data.py", "-h"])
+    make_data.main()
+    text = capsys.readouterr().out
+    assert all(f"\n{word}" in text for word in ("toy:", "cut:", "scan:", "  --n_train=", "  --hop=", "  --window="))
+
+
 @pytest.mark.skipif("GAZE_CLIPS" not in os.environ, reason="GAZE_CLIPS names no folder of videos")
 def test_real_clips():
     paths = [p for p in Path(os.environ["GAZE_CLIPS"]).rglob("*") if p.suffix.lower() in data.VIDEO_SUFFIXES]

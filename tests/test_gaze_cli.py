@@ -330,6 +330,20 @@ def test_live_from_a_pipe(folder, interrupt, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("name", ["-", "pipe:0"])
+def test_standard_input(folder, name):
+    moving(folder / "in.ts", 6, 32, 48, codec="mpeg2video", form="mpegts")
+    with open(folder / "in.ts", "rb") as film:
+        stdin = os.dup(0)
+        os.dup2(film.fileno(), 0)
+    try:
+        npz, frames, _ = look(folder, "stdin", f"--video={name}")
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+    check(npz, frames, n=6, panels=3)
+
+
 def test_file_interrupted(folder, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     add = gaze.Output.add

@@ -22,11 +22,11 @@ import train_grpo
 import train_ntp
 import train_videomae
 import videomae
-from data import collate_gaze
+from data import collate_gaze, normalize
 from label_files import pack_labels
 from model import Gaze, join_frames, split_frames
 from train_grpo import discounted_advantages, grpo_loss
-from train_ntp import ntp_loss
+from train_ntp import label_loss, ntp_loss
 from videomae import VideoMAE
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,16 @@ def gazing_of(padded, counts):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # losses
+
+def test_first_accuracy_is_of_clips_with_a_first_gaze(gaze):
+    video = torch.randint(256, (2, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    first = gaze.generate(normalize(video[:1, :1]), gazing_ratio=1e-9)["gazing_pos"].item()
+    pos, losses = [[[first], [], [], []], [[], [V], [], []]], [[[0.5], [], [], []], [[], [0.5], [], []]]
+    batch = {"video": video, "gazing_pos": pos, "task_losses": losses}
+    assert label_loss(gaze, [batch], "cpu")["val_first_accuracy"] == 1
+    assert label_loss(gaze, [batch | {"gazing_pos": pos[1:] * 2, "task_losses": losses[1:] * 2}], "cpu")[
+        "val_first_accuracy"] == 0
+
 
 def test_ntp_loss_by_hand():
     gazing = gazing_of([[0, 0, 1], [0, 1, 1]], [2, 1]) | {"task_losses": torch.tensor([[1.0, 2, 3], [4, 5, 6]])}
