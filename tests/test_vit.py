@@ -254,7 +254,7 @@ def test_8_bit_pixels_are_refused(vit):
 @pytest.mark.parametrize("settings, message", [
     (dict(scales="16,32"), "sides joined by"), (dict(scales=[16, "x"]), "sides joined by"),
     (dict(scales=[16, 0.5]), "sides joined by"), (dict(scales=""), "sides joined by"),
-    (dict(scales=[]), "hold a patch"), (dict(scales="4+32"), "8 pixels"),
+    (dict(scales=[]), "sides joined by"), (dict(scales="4+32"), "8 pixels"),
     (dict(attention="full"), "block_causal, causal, bidirectional")])
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
