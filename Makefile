@@ -1,4 +1,4 @@
-# make toy    install, then the whole pipeline on generated videos (about 9 minutes on 2 CPU cores)
+# make toy    install, then the whole pipeline on generated videos (about 10 minutes on 2 CPU cores)
 # make test   install, then the tests
 # make lint   install, then ruff
 PYTHON ?= python3
