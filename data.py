@@ -225,6 +225,7 @@ def video_key(path):
 
 
 def check_names(keys, where):
+    """ValueError if two videos have one key: a label file could not tell them apart."""
     if len(set(keys)) < len(keys):
         raise ValueError(f"{where}: two folders have the same last name and video names, so one label would serve "
                          "two videos: rename one of the folders")

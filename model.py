@@ -66,6 +66,7 @@ class GazeConfig(Grids):
     def image_size(self):  # R
         return self.scale_list[-1]
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # encoder: causal in time, one token per patch of the finest scale
 
@@ -135,8 +136,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """x / sqrt(mean(x²) + eps) * weight, in half as many passes over x as F.rms_norm takes on a CPU."""
-        size = torch.hypot(torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True), self.floor)
-        return (x * (self.weight * math.sqrt(x.shape[-1])) / size).to(x.dtype)
+        y = x.float()
+        size = torch.hypot(torch.linalg.vector_norm(y, dim=-1, keepdim=True), self.floor)
+        return (y * (self.weight * math.sqrt(y.shape[-1])) / size).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -223,6 +225,7 @@ def take(x, index):  # rows of x (B, L, D) at index (B, M) -> (B, M, D)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
+
 
 class Gaze(nn.Module):
     """Encoder, decoder and two multi-token heads (paper, section 3.2). Pixels come normalised by data.normalize."""
