@@ -449,6 +449,13 @@ def make_optimizer(kind, module, lr):
 # checkpoints and logs
 
 
+def write_whole(path, text):
+    """Write a text file under a temporary name, then rename it: the file is there whole or as it was before."""
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
 def save_state(path, state):
     """torch.save under a temporary name, then rename: a killed run or a full disk leaves the old file."""
     tmp = Path(f"{path}.tmp")
@@ -521,9 +528,7 @@ class Log:
         for line in lines:
             print(line)
         path = self.out_dir / "metrics.jsonl"
-        tmp = Path(f"{path}.tmp")
-        tmp.write_text("".join(kept_rows(path, start)) if cfg.init_from == "resume" else "")
-        os.replace(tmp, path)
+        write_whole(path, "".join(kept_rows(path, start)) if cfg.init_from == "resume" else "")
         self.file = open(path, "a")
         if cfg.wandb:
             import wandb

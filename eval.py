@@ -19,7 +19,6 @@ part, "finished" tells the last), plots, one contact sheet per method.
 """
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -455,9 +454,8 @@ def save(out, report, t0):
     results = {ratio: {name: {k: v for k, v in row.items() if k != "scatter"} for name, row in table.items()}
                for ratio, table in report["results"].items()}
     out.mkdir(parents=True, exist_ok=True)
-    tmp = out / "eval.json.tmp"
-    tmp.write_text(json.dumps(report | {"seconds": time.time() - t0, "results": results}, indent=1) + "\n")
-    os.replace(tmp, out / "eval.json")
+    text = json.dumps(report | {"seconds": time.time() - t0, "results": results}, indent=1)
+    common.write_whole(out / "eval.json", text + "\n")
 
 
 def main():

@@ -16,7 +16,6 @@ the tokens of the current frame are computed: the network is block-causal, so th
 never change. `--naive=true` does it the slow way, with the same result, for comparison.
 """
 import json
-import os
 import sys
 import time
 import warnings
@@ -227,9 +226,7 @@ def main():
         labels = {key: done[key] for key in asked if key in done}
         if not labels:
             raise VideoError(f"{cfg.root}: none of the {len(asked)} videos could be read, no labels written")
-        tmp = Path(f"{out}.tmp")
-        tmp.write_text(json.dumps(labels))
-        os.replace(tmp, out)
+        common.write_whole(out, json.dumps(labels))
         if mine:
             print(f"{seconds / len(mine):.4f} s per clip and process, "
                   f"{total / max(seconds, 1e-9):.0f} candidates per second in all")

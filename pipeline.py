@@ -123,9 +123,7 @@ def main():
               "gap_closed": {k: v["gap_closed"] for k, v in table.items()},
               "seconds": seconds, "seed": cfg.seed, "clips": result["clips"],
               "commit": result["commit"]}
-    tmp = out / "report.json.tmp"
-    tmp.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(tmp, out / "report.json")
+    common.write_whole(out / "report.json", json.dumps(report, indent=1) + "\n")
     print("\nseconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
           + f"; {sum(seconds.values()):.0f} in all")
     print("\npictures:")
