@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from attention import causal_attention
+from linear import Linear, linear, pack
 from weights import Grids, assign, load_gaze, published_name, save_gaze
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,18 +155,18 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
 
     def joined(self):
-        """The weights that the same input meets, as one matrix each: (D, 3·D) of q, k, v, (D, 2·M) of the MLP; then
-        those of the two outputs, (D, D) and (M, D)."""
+        """The weights that the same input meets, as one matrix each: (3·D, D) of q, k, v, (2·M, D) of the MLP; then
+        those of the two outputs, (D, D) and (D, M)."""
         attn, mlp = self.self_attn, self.mlp
-        return (torch.cat([attn[n].weight for n in ("q_proj", "k_proj", "v_proj")]).T,
-                torch.cat([mlp[n].weight for n in ("gate_proj", "up_proj")]).T, attn.o_proj.weight.T,
-                mlp.down_proj.weight.T)
+        return (torch.cat([attn[n].weight for n in ("q_proj", "k_proj", "v_proj")]),
+                torch.cat([mlp[n].weight for n in ("gate_proj", "up_proj")]), attn.o_proj.weight, mlp.down_proj.weight)
 
     def forward(self, x, cos, sin, mask=None, remember=None, wanted=None, joined=None):
-        """x (B, L, D). `remember(k, v)` puts new keys and values behind the cached ones and returns all of them.
-        wanted (B, M): the tokens whose output is of use, whose rows `mask` then has; returns (B, M, D)."""
+        """x (B, L, D), which are the last L tokens of those that `remember(k, v)` returns: it puts new keys and values
+        behind the cached ones. Causal; else as `mask` (B | 1, 1, L, keys) says, which is added to attention scores.
+        wanted (B, M): the tokens whose output is of use; returns (B, M, D)."""
         qkv, gate_up, out, down = joined or self.joined()
-        y = (self.input_layernorm(x) @ qkv).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
+        y = linear(self.input_layernorm(x), qkv).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
         y, v = y.split([2 * self.num_heads, self.num_heads], dim=1)  # (B, H, L, d)
         q, k = rotate(y, cos, sin).to(v.dtype).chunk(2, dim=1)  # autocast halves v
         if remember is not None:
@@ -173,10 +174,15 @@ class Layer(nn.Module):
         if wanted is not None:
             x, q = take(x, wanted), take(q.transpose(1, 2).flatten(2), wanted).unflatten(2, (self.num_heads, -1))
             q = q.transpose(1, 2)
+            if mask is None:
+                past = k.shape[2] - y.shape[2]
+                mask = (torch.arange(k.shape[2], device=x.device) <= past + wanted.unsqueeze(-1)).unsqueeze(1)
+            else:
+                mask = take(mask.squeeze(1).expand(len(x), -1, -1), wanted).unsqueeze(1)
         y = causal_attention(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + y.transpose(1, 2).flatten(2) @ out
-        gate, up = (self.post_attention_layernorm(x) @ gate_up).chunk(2, dim=-1)
-        return x + (F.silu(gate) * up) @ down
+        x = x + linear(y.transpose(1, 2).flatten(2), out)
+        gate, up = linear(self.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
+        return x + linear(F.silu(gate) * up, down)
 
 
 class Decoder(nn.Module):
@@ -187,11 +193,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(c), persistent=False)
 
-    def forward(self, x, positions=None, mask=None, remember=None, wanted=None, joined=None, in_parts=False):
+    def forward(self, x, positions=None, mask=None, remember=None, wanted=None, joined=None):
         """x (B, L, D) -> (B, L, D) before the final norm, or only the tokens at wanted (B, M): the last layer leaves
         out the others, of which nothing but keys and values matters there. positions (L,) or (B, L); default 0, 1, 2,
-        …, causal. mask (1 | B, 1, L, keys): added to attention scores. joined: of each layer, see
-        Layer.joined. in_parts: the mask is the causal one; layers before the last do without (see attention.py)."""
+        …. joined: of each layer, see Layer.joined. mask, remember: see Layer.forward."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         angle = positions.unsqueeze(-1) * self.frequencies.float()  # (…, L, d/2)
@@ -200,16 +205,8 @@ class Decoder(nn.Module):
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         for i, layer in enumerate(self.layers):
-            put = None if remember is None else functools.partial(remember, i)
-            weights = None if joined is None else joined[i]
-            if wanted is None or i < len(self.layers) - 1:
-                x = layer(x, cos, sin, None if in_parts else mask, put, None, weights)
-            else:
-                if mask is None:
-                    mask = (torch.arange(x.shape[1], device=x.device) <= wanted.unsqueeze(-1)).unsqueeze(1)
-                else:
-                    mask = take(mask.squeeze(1).expand(len(x), -1, -1), wanted).unsqueeze(1)
-                x = layer(x, cos, sin, mask, put, wanted, weights)
+            x = layer(x, cos, sin, mask, None if remember is None else functools.partial(remember, i),
+                      wanted if i == len(self.layers) - 1 else None, None if joined is None else joined[i])
         return x
 
 
@@ -236,7 +233,7 @@ class Gaze(nn.Module):
         self.encoder = Encoder(c)
         self.pos_embed = nn.Parameter(torch.zeros(c.ids_per_scale[-1], c.hidden_size))
         self.decoder = Decoder(c)
-        self.lm_head = nn.Linear(c.hidden_size, c.num_multi_token_pred * (c.num_ids + 1), bias=False)
+        self.lm_head = Linear(c.hidden_size, c.num_multi_token_pred * (c.num_ids + 1), bias=False)
         self.task_loss_prediction_head = nn.Linear(c.hidden_size, c.num_multi_token_pred, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1 and not name.startswith("encoder."):  # the encoder's convolutions keep torch's own init
@@ -430,6 +427,9 @@ def per_clip_and_frame(value, B, name):
     return at
 
 
+MANY = 64  # from so many new tokens on, causal attention on a CPU is quicker without a mask (a frame; not ten gazes)
+
+
 class GazeStream:
     """The state of decoding: the encoder's last frames, the KV cache, and the last block of gazes not yet in it.
 
@@ -461,10 +461,8 @@ class GazeStream:
         kind = self.device.type  # under autocast keys come in its type: kept so, not turned into it at every step
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else p.dtype
         with torch.no_grad():
-            # rows and columns swapped in memory too: quicker for few tokens
-            self.joined = [[w.to(dtype).contiguous() for w in layer.joined()] for layer in model.decoder.layers]
-            heads = torch.cat([model.lm_head.weight, model.task_loss_prediction_head.weight])
-            self.heads = heads.T.to(dtype).contiguous()
+            self.joined = [[pack(w.to(dtype)) for w in layer.joined()] for layer in model.decoder.layers]
+            self.heads = torch.cat([model.lm_head.weight, model.task_loss_prediction_head.weight]).to(dtype)
         self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads, dtype=dtype)
 
     @torch.no_grad()
@@ -497,6 +495,7 @@ class GazeStream:
             # 0 where token i of those that come next may look if `room` tokens lie before it, else -inf; for fewer
             # tokens before, columns are left out on the left
             room, q = cache.shape[4], self.c.ids_per_scale[-1] + self.c.num_multi_token_pred
+            q = min(q, MANY) if self.device.type == "cpu" else q
             self.causal = cache.new_full((q, room + q), float("-inf")).triu(room + 1)
 
     def feed(self, x, keep, positions=None):
@@ -515,7 +514,9 @@ class GazeStream:
         total = self.longest + q
         self.reserve(total)
         # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later
-        if uniform:
+        if uniform and q >= MANY and self.device.type == "cpu":
+            mask = None
+        elif uniform:
             left = self.cache.shape[4] - start
             mask = self.causal[None, None, :q, left:left + total]
             mask = mask if self.device.type == "cpu" else mask.contiguous()  # kernels ask for aligned rows
@@ -532,10 +533,8 @@ class GazeStream:
                     cache.scatter_(2, index[:, None, :, None].expand_as(new), new.to(cache.dtype))
             return self.cache[:, layer, :, :, :total].to(v.dtype)
 
-        # ten gazes are too few for attention in two parts to pay, a frame's vision tokens are enough
-        in_parts = uniform and q >= 64 and self.device.type == "cpu"
         positions = index if positions is None else positions
-        h = self.model.decoder(x, positions, mask, remember, last, self.joined, in_parts)
+        h = self.model.decoder(x, positions, mask, remember, last, self.joined)
         if keep is None:
             self.length, self.longest = self.length + q, total
         else:
@@ -567,7 +566,7 @@ class GazeStream:
         stopped = torch.zeros(B, dtype=torch.bool, device=self.device)
         all_ids, all_padded = [], []
         while True:
-            logits, loss = (model.decoder.norm(h) @ self.heads).float().split([K * (V + 1), K], dim=1)
+            logits, loss = linear(model.decoder.norm(h), self.heads).float().split([K * (V + 1), K], dim=1)
             logits = logits.unflatten(1, (K, V + 1)).masked_fill(banned.unsqueeze(1), float("-inf"))
             picks, ids, padded = [], [], []
             for i in range(min(K, limit - K * len(all_ids))):

@@ -20,6 +20,7 @@ from einops import rearrange
 
 from attention import block_causal_attention
 from data import IMAGE_MEAN, IMAGE_STD
+from linear import Linear, linear, quicken
 from weights import Grids, announce, assign, download, is_hub_id, old_name, read_config, read_tensors, save_folder
 
 WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
@@ -72,13 +73,13 @@ class Block(nn.Module):
 
     def __init__(self, dim, num_heads, mlp, eps):
         super().__init__()
-        def linear(i, o):
-            return nn.ModuleDict({"dense": nn.Linear(i, o)})
+        def dense(i, o):
+            return nn.ModuleDict({"dense": Linear(i, o)})
         self.num_heads = num_heads
         self.attention = nn.ModuleDict({
-            "attention": nn.ModuleDict({n: nn.Linear(dim, dim) for n in ("query", "key", "value")}),
-            "output": linear(dim, dim)})
-        self.intermediate, self.output = linear(dim, mlp), linear(mlp, dim)
+            "attention": nn.ModuleDict({n: Linear(dim, dim) for n in ("query", "key", "value")}),
+            "output": dense(dim, dim)})
+        self.intermediate, self.output = dense(dim, mlp), dense(mlp, dim)
         self.layernorm_before, self.layernorm_after = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
 
     def qkv(self, x):
@@ -142,7 +143,7 @@ class Embeddings(nn.Module):
     def forward(self, patches, pos):
         """patches (…, 3·p·p) and their ids + V·t (…) -> tokens (…, D): only what is gazed gets embedded."""
         V, conv = self.c.num_ids, self.patch_embeddings.projection
-        x = F.linear(patches, conv.weight.flatten(1), conv.bias)
+        x = linear(patches, conv.weight.flatten(1), conv.bias)
         return x + self.grid_positions()[pos % V] + self.time_embed[pos // V]
 
     def cls(self):  # (1, 1, D)
@@ -158,12 +159,12 @@ class Decoder(nn.Module):
         self.decoder_pos_embed = nn.Parameter(sincos_positions(d, side).unsqueeze(0), requires_grad=False)
         self.decoder_scale_embed = nn.Parameter(torch.zeros(len(c.scale_list), d))
         self.time_embed = nn.Parameter(torch.zeros(c.max_num_frames, d))
-        self.decoder_embed = nn.Linear(c.hidden_size, d)
+        self.decoder_embed = Linear(c.hidden_size, d)
         self.decoder_layers = nn.ModuleList(
             Block(d, c.decoder_num_attention_heads, c.decoder_intermediate_size, c.layer_norm_eps)
             for _ in range(c.decoder_num_hidden_layers))
         self.decoder_norm = nn.LayerNorm(d, eps=c.layer_norm_eps)
-        self.decoder_pred = nn.Linear(d, c.patch_size ** 2 * c.num_channels)
+        self.decoder_pred = Linear(d, c.patch_size ** 2 * c.num_channels)
 
     def grid_positions(self):
         """(V, D). A quirk the published weights rely on: the flattened positions are resized in one dimension."""
@@ -424,7 +425,7 @@ def perceptual_network(term, folder, tensors, source):
         assign(network, tensors, f"{term} in {source} and its config", old_name)
     if tensors and term == "siglip2":  # not in files
         network.embeddings.position_ids = torch.arange(network.embeddings.num_positions).unsqueeze(0)
-    return network.float()
+    return quicken(network.float())
 
 
 def load_videomae(cfg, device):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from attention import block_causal_attention
+from linear import linear, quicken
 from tiling import as_sides
 from weights import announce, is_hub_id
 
@@ -42,7 +43,7 @@ class GazeViT(nn.Module):
 
     def __init__(self, network, scales, attention="block_causal", frame_independent=False):
         super().__init__()
-        self.network = getattr(network, "vision_model", network)  # transformers 4 wraps it once more
+        self.network = quicken(getattr(network, "vision_model", network))  # transformers 4 wraps it once more
         if attention not in ATTENTION:
             raise ValueError(f"attention={attention!r} is none of {', '.join(ATTENTION)}")
         self.attention, self.frame_independent = attention, frame_independent
@@ -142,7 +143,7 @@ class GazeViT(nn.Module):
             at = table if grid == (side, side) else F.interpolate(table, grid, mode="bicubic", align_corners=False)
             positions.append(rearrange(at, "1 d h w -> (h w) d"))
             start += n
-        x = F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
+        x = linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
         return x + torch.cat(positions).to(x.dtype)[ids]
 
     def attend(self, q, k, v, sequences):

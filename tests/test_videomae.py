@@ -136,22 +136,6 @@ def test_block_causal_attention(monkeypatch, L, ends, calls, with_keep):
     assert len(made) == calls
 
 
-@pytest.mark.parametrize("with_keep", [False, True])
-def test_attention_by_head(with_keep):
-    """bfloat16 on a CPU."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16) for n in (140, 300, 300))
-    mask = torch.rand(2, 1, 1, 300) < 0.7 if with_keep else None
-    want = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    close(attention.attend_by_head(q, k, v, mask).float(), want, rtol=0.02, atol=0.01)
-    q, k, v = (torch.randn(2, 3, 300, 8, dtype=torch.bfloat16) for _ in range(3))
-    keep, ends = torch.rand(2, 300) < 0.7, [140, 300]
-    with torch.no_grad():
-        got = attention.block_causal_attention(q, k, v, ends, keep if with_keep else None)
-    want = attention.block_causal_attention(q.float(), k.float(), v.float(), ends, keep if with_keep else None)
-    close(got.float(), want, rtol=0.02, atol=0.01)
-
-
 def test_long_sequences_give_the_same_picture(mae, video, monkeypatch):
     """Above 1024 tokens attention runs block by block."""
     gazing, attend, shift = padded_gazing(3), videomae.block_causal_attention, 1100
