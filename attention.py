@@ -9,9 +9,9 @@ FEW = 4e6  # multiplications per head; below, F.scaled_dot_product_attention is 
 
 def causal_attention(q, k, v):
     """Causal attention of queries (B, H, q, d), the last q of the L tokens of keys and values (B, H, L, d)."""
-    if by_head_pays(q, k.shape[2]):
-        return attend_by_head(q, k, v, causal=True)
     past = k.shape[2] - q.shape[2]
+    if by_head_pays(q, k.shape[2]):
+        return CausalByHead.apply(q, k, v)
     if past == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # For a CPU, where a mask costs a seventh of the time and the past needs none: both parts by themselves, each
@@ -40,7 +40,7 @@ def block_causal_attention(q, k, v, ends, keep=None):
     for end in ends:
         if end > start:
             block, keys, values = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
-            if by_head_pays(block, end):
+            if by_head_pays(block, end) and not torch.is_grad_enabled():
                 out.append(attend_by_head(block, keys, values, None if keep is None else keep[:, :end]))
             else:
                 mask = None if keep is None else keep[:, None, None, :end]
@@ -50,27 +50,65 @@ def block_causal_attention(q, k, v, ends, keep=None):
 
 
 def by_head_pays(q, keys):
-    return (q.device.type == "cpu" and not torch.is_grad_enabled() and q.shape[2] * keys * q.shape[3] >= FEW
-            and (usable(q) or q.dtype == torch.bfloat16))
+    return (q.device.type == "cpu" and q.shape[2] * keys * q.shape[3] >= FEW
+            and (usable(q) or q.dtype == torch.bfloat16 and not torch.is_grad_enabled()))
 
 
 def attend_by_head(q, k, v, keep=None, causal=False):
     """F.scaled_dot_product_attention up to rounding, in half to three quarters of its time: its products are those of
-    linear.py, and a head's scores stay in the processor's cache. keep (B, keys) True for keys that may be seen; causal:
-    the queries are the last of the keys."""
+    linear.py, and scores stay in the processor's cache. keep (B, keys) True for keys that may be seen; causal: the
+    queries are the last of the keys."""
     out, q = torch.empty_like(q), q * q.shape[-1] ** -0.5
-    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1) if causal else None
-    for b in range(len(q)):
+    for b, h, rows, keys in parts(q, k, causal):
         hidden = None if keep is None else ~keep[b]
-        for h in range(q.shape[1]):
-            out[b, h] = attend_one_head(q[b, h], k[b, h], v[b, h], hidden, later)
+        out[b, h, rows] = linear(weights(q[b, h, rows], k[b, h, keys], hidden, causal), v[b, h, keys].contiguous().T)
     return out
 
 
-def attend_one_head(q, k, v, hidden, later):  # returns before the next one: one buffer of scores serves all
+def parts(q, k, causal):
+    """Clip, head, some of its queries and the keys that these see."""
+    L, past = q.shape[2], k.shape[2] - q.shape[2]
+    step = 256 if causal else L
+    for b in range(len(q)):
+        for h in range(q.shape[1]):
+            for start in range(0, L, step):
+                end = min(start + step, L)
+                yield b, h, slice(start, end), slice(0, past + end if causal else None)
+
+
+def weights(q, k, hidden, causal):
     scores = linear(q, k)
     if hidden is not None:
         scores.masked_fill_(hidden, float("-inf"))
-    if later is not None:
+    if causal:
+        later = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
         scores[:, -len(q):].masked_fill_(later, float("-inf"))
-    return linear(torch.softmax(scores, dim=-1, out=scores), v.contiguous().T)
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
+class CausalByHead(torch.autograd.Function):
+    """attend_by_head(causal=True) and its gradients, for training."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = attend_by_head(q, k, v, causal=True)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        grad = grad.contiguous()
+        q, mean = q * scale, (grad * out).sum(-1, keepdim=True)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k.mT), torch.zeros_like(v.mT)
+        for b, h, rows, keys in parts(q, k, True):
+            queries, g = q[b, h, rows], grad[b, h, rows]
+            p = weights(queries, k[b, h, keys], None, True)
+            dv[b, h, :, keys] += linear(g.T, p.T)
+            d = linear(g, v[b, h, keys]).sub_(mean[b, h, rows]).mul_(p)
+            dq[b, h, rows] = linear(d, k[b, h, keys].contiguous().T).mul_(scale)
+            dk[b, h, :, keys] += linear(queries.T, d.T)
+        return dq, dk.mT, dv.mT

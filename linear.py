@@ -1,7 +1,7 @@
 """F.linear, twice as fast on a CPU of AMD's.
 
-PyTorch hands float32 products to MKL, which leaves half of an AMD processor's AVX-512 unused: 110 GFLOP/s on one core of
-an EPYC. oneDNN, which PyTorch contains too and uses for convolutions and bfloat16, does 240. (Intel's: not measured.)
+PyTorch hands float32 products to MKL, which leaves half of an AMD processor's AVX-512 unused: 110 GFLOP/s on one core
+of an EPYC. oneDNN, which PyTorch contains too and uses for convolutions and bfloat16, does 240. Not tried on Intel's.
 `torch.backends.mkldnn.enabled = False` switches it off.
 """
 import torch
@@ -29,10 +29,15 @@ class OneDNNLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, wanted = grad.flatten(0, -2), ctx.needs_input_grad
-        return (onednn(grad, weight.T) if wanted[0] else None,
-                onednn(rows.T, x.flatten(0, -2).T) if wanted[1] else None,
-                rows.sum(0) if wanted[2] else None)
+        dx, dweight, dbias, rows = None, None, None, grad.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            dx = onednn(grad, weight.T)
+        if ctx.needs_input_grad[1]:
+            x = x.flatten(0, -2)  # the first factor is copied when it is transposed: the smaller one
+            dweight = onednn(rows.T, x.T) if len(weight) <= weight.shape[1] else onednn(x.T, rows.T).T
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias
 
 
 def usable(x):

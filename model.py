@@ -129,17 +129,9 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([b, a], dim=-1) * sin
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.register_buffer("floor", torch.tensor(math.sqrt(dim * eps)), persistent=False)
-
-    def forward(self, x):
-        """x / sqrt(mean(x²) + eps) * weight, in half as many passes over x as F.rms_norm takes on a CPU."""
-        y = x.float()
-        size = torch.hypot(torch.linalg.vector_norm(y, dim=-1, keepdim=True), self.floor)
-        return (y * (self.weight * math.sqrt(y.shape[-1])) / size).to(x.dtype)
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # in float32, whatever the weights' type
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class Layer(nn.Module):
