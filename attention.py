@@ -71,7 +71,7 @@ def parts(q, k, causal):
     step = 256 if causal else L
     for b in range(len(q)):
         for h in range(q.shape[1]):
-            for start in range(0, L, step):
+            for start in reversed(range(0, L, step)):
                 end = min(start + step, L)
                 yield b, h, slice(start, end), slice(0, past + end if causal else None)
 
