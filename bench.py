@@ -9,7 +9,8 @@ Prints a table and writes it to --out. Weights are random: time does not depend 
 
 `x limit` is the time divided by the least it could take: the arithmetic of the work, counted from the sizes (every
 layer for every token, causal attention half, a backward pass as two forward ones), divided by the rate of a large
-matrix product, measured in the same type before and after each case. Leaving out work can bring it below 1.
+matrix product, PyTorch's own `a @ a`, measured in the same type before and after each case. Leaving out work can bring
+it below 1, and so does linear.py, where it multiplies faster; its rate is in the heading.
 Seconds: best of several. One thread on a CPU: processor time, which other processes on the machine disturb least; else
 time on the wall. Memory: peak of the whole process (CPU; runtime and weights included) or of the device's tensors.
 """
@@ -35,6 +36,7 @@ import make_data
 import train_grpo
 from data import normalize, read_frames, resize_crop
 from label import greedy
+from linear import linear, quicken
 from model import Gaze, GazeConfig, split_frames
 from train_ntp import ntp_loss
 from videomae import ReconstructionLoss, VideoMAE, VideoMAEConfig
@@ -140,11 +142,11 @@ def best_time(run, device, repeats, max_seconds):
     return min(seconds), result, len(seconds)
 
 
-def matmul_rate(cfg, device):
+def matmul_rate(cfg, device, product=torch.matmul):
     """Floating-point operations per second of a large matrix product."""
     n = cfg.matmul or (8192 if device.type == "cuda" else 1024)
     a = torch.randn(n, n, device=device, dtype=getattr(torch, cfg.dtype))
-    return 2 * n ** 3 / best_time(lambda: a @ a, device, 10, 1.0)[0]
+    return 2 * n ** 3 / best_time(lambda: product(a, a), device, 10, 1.0)[0]
 
 
 def reset_peak(device):
@@ -381,7 +383,7 @@ def perceptual_loss(cfg):
     loss.terms, loss.weights = ["l1", "dinov2_reg", "siglip2"], [1.0, 0.3, 0.3]
     network = siglip(cfg, cfg.gaze().image_size)
     loss.networks = nn.ModuleDict({"dinov2_reg": dino, "siglip2": getattr(network, "vision_model", network)})
-    return loss.eval().requires_grad_(False)
+    return quicken(loss).eval().requires_grad_(False)
 
 
 def line(row):
@@ -410,7 +412,8 @@ def main():
              "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "python": platform.python_version(),
              "torch": torch.__version__, "processor": processor(), "dtype": cfg.dtype, "seed": cfg.seed,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "threads": cfg.threads,
-             "clock": "processor time" if one else "wall time"}
+             "clock": "processor time" if one else "wall time",
+             "linear.py": f"{matmul_rate(cfg, device, linear) / 1e9:.0f} GFLOP/s"}
     print("\n".join(f"{k}: {v}" for k, v in about.items()))
     print(f"{'case':<52}{'seconds':>10}{'runs':>5}{'peak MiB':>10}{'GFLOP':>10}{'GFLOP/s':>10}{'x limit':>9}")
     rows, setup = [], Setup(cfg, device)
