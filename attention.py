@@ -91,7 +91,7 @@ class CausalByHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = (x if x[0, 0].is_contiguous() else x.contiguous() for x in (q, k, v))
         out = attend_by_head(q, k, v, causal=True)
         ctx.save_for_backward(q, k, v, out)
         return out
@@ -100,8 +100,7 @@ class CausalByHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, k, v, out = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        grad = grad.contiguous()
+        scale, grad = q.shape[-1] ** -0.5, grad.contiguous()
         q, mean = q * scale, (grad * out).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k.mT), torch.zeros_like(v.mT)
         for b, h, rows, keys in parts(q, k, True):

@@ -23,7 +23,7 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return onednn(x.float(), weight, bias)
+        return onednn(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -97,6 +97,41 @@ def test_attention_by_head(dtype, kind):
         close(got.float(), called(q, k, v, *rest), **tolerance)
 
 
+@pytest.mark.parametrize("past", [0, 5])
+def test_causal_attention_has_the_same_gradients(past):
+    torch.manual_seed(0)
+    L = 600  # more than two parts
+    values = [torch.randn(2, 2, n, 8) for n in (L, past + L, past + L)]
+    mask = torch.ones(L, past + L, dtype=torch.bool).tril(past)
+    results = []
+    for function in (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+                     attention.CausalByHead.apply):
+        q, k, v = (x.clone().requires_grad_() for x in values)
+        y = function(q, k, v)
+        (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
+        results.append((y, q.grad, k.grad, v.grad))
+    for got, want in zip(*reversed(results), strict=True):
+        close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_training_has_the_same_gradients(monkeypatch):
+    gaze, video = tiny_gaze(), normal_video(2)
+    gazing, used = gaze.generate(video, gazing_ratio=0.5), []
+    apply = attention.CausalByHead.apply
+    monkeypatch.setattr(attention.CausalByHead, "apply", lambda *a: used.append(1) or apply(*a))
+    gradients = []
+    for enabled in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+        gaze.zero_grad()
+        log_prob, task_loss = gaze(video, gazing)
+        (log_prob.sum() + task_loss.sum()).backward()
+        gradients.append([p.grad.clone() for p in gaze.parameters()])
+        assert len(used) == gaze.config.num_layers - 1  # the last layer has a mask; the second time none more
+    for got, want in zip(*gradients, strict=True):
+        close(got, want, rtol=1e-3, atol=1e-4)
+
+
 def test_generate_chooses_the_same(monkeypatch):
     gaze, video = tiny_gaze(), normal_video(2)
     got = gaze.generate(video, gazing_ratio=0.5)
