@@ -135,7 +135,7 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x):  # in float32, whatever the weights' type
+    def forward(self, x):  # in float32, whatever the types of x and weight
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -160,9 +160,9 @@ class Layer(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, remember=None, wanted=None, joined=None):
         """x (B, L, D), which are the last L tokens of those that `remember(k, v)` returns: it puts new keys and values
-        behind the cached ones. Causal; else as `mask` (B | 1, 1, L, keys) says, which is added to attention scores.
+        behind the cached ones. Causal; else as `mask` (B | 1, 1, L, keys) says, which is added to scores.
         wanted (B, M): the tokens whose output is of use; returns (B, M, D)."""
-        qkv, gate_up, out, down = joined or self.joined()
+        (qkv, gate_up, out, down), L = joined or self.joined(), x.shape[1]
         y = linear(self.input_layernorm(x), qkv).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
         y, v = y.split([2 * self.num_heads, self.num_heads], dim=1)  # (B, H, L, d)
         q, k = rotate(y, cos, sin).to(v.dtype).chunk(2, dim=1)  # autocast halves v
@@ -172,8 +172,8 @@ class Layer(nn.Module):
             x, q = take(x, wanted), take(q.transpose(1, 2).flatten(2), wanted).unflatten(2, (self.num_heads, -1))
             q = q.transpose(1, 2)
             if mask is None:
-                past = k.shape[2] - y.shape[2]
-                mask = (torch.arange(k.shape[2], device=x.device) <= past + wanted.unsqueeze(-1)).unsqueeze(1)
+                seen = k.shape[2] - L + wanted.unsqueeze(-1)
+                mask = (torch.arange(k.shape[2], device=x.device) <= seen).unsqueeze(1)
             else:
                 mask = take(mask.squeeze(1).expand(len(x), -1, -1), wanted).unsqueeze(1)
         y = causal_attention(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

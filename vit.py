@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from attention import block_causal_attention
+from attention import block_causal_attention, causal_attention
 from linear import linear, quicken
 from tiling import as_sides
 from weights import announce, is_hub_id
@@ -157,7 +157,8 @@ class GazeViT(nn.Module):
             if self.attention == "block_causal" and len(ends) > 1:
                 out.append(block_causal_attention(*here, ends))
             else:
-                out.append(F.scaled_dot_product_attention(*here, is_causal=self.attention == "causal"))
+                out.append(causal_attention(*here) if self.attention == "causal" else
+                           F.scaled_dot_product_attention(*here))
         return torch.cat(out, dim=2)
 
     def pool(self, features, gazing):
