@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 HERE = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-SMALL = 2e6  # multiplications; below, the call itself costs too much (15 us for 3)
+SMALL = 4e6  # multiplications; below, the call itself costs too much (15 us for 3)
 
 
 def onednn(x, weight, bias=None):

@@ -103,10 +103,10 @@ def test_attention_by_head(dtype, called, monkeypatch):
         "attend_by_head": (attention.attend_by_head,), "with keep": (attention.attend_by_head, keep),
         "causal_attention": (attention.causal_attention,),
         "block_causal_attention": (attention.block_causal_attention, [40, 40, 170, 300], keep)}[called]
+    ends = torch.tensor([40] * 40 + [170] * 130 + [300] * 130).unsqueeze(1)
     mask = {"attend_by_head": None, "with keep": keep[:, None, None],
             "causal_attention": torch.ones(14, 300, dtype=torch.bool).tril(286),
-            "block_causal_attention": ((torch.arange(300) < torch.tensor([40] * 40 + [170] * 130 + [300] * 130)[:, None])
-                                       & keep[:, None, None])}[called]
+            "block_causal_attention": (torch.arange(300) < ends) & keep[:, None, None]}[called]
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     real = attention.probabilities
     monkeypatch.setattr(attention, "probabilities", lambda *a: used.append(1) or real(*a))
