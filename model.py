@@ -162,7 +162,8 @@ class Layer(nn.Module):
         """x (B, L, D), which are the last L tokens of those that `remember(k, v)` returns: it puts new keys and values
         behind the cached ones. Causal; else as `mask` (B | 1, 1, L, keys) says, which is added to scores.
         wanted (B, M): the tokens whose output is of use; returns (B, M, D)."""
-        (qkv, gate_up, out, down), L = joined or self.joined(), x.shape[1]
+        L = x.shape[1]
+        qkv, gate_up, out, down = joined or self.joined()
         y = linear(self.input_layernorm(x), qkv).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
         y, v = y.split([2 * self.num_heads, self.num_heads], dim=1)  # (B, H, L, d)
         q, k = rotate(y, cos, sin).to(v.dtype).chunk(2, dim=1)  # autocast halves v
