@@ -37,6 +37,8 @@ def block_causal_attention(q, k, v, ends, keep=None):
         if keep is not None:
             mask = mask & keep[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.device.type == "cpu":
+        k, v = k.contiguous(), v.contiguous()  # once, or every block copies its slice
     out, start = [], 0
     for end in ends:
         if end > start:
@@ -62,7 +64,7 @@ def attend_by_head(q, k, v, keep=None, causal=False):
     out, q = torch.empty_like(q), q * q.shape[-1] ** -0.5
     for b, h, rows, keys in parts(q, k, causal):
         p = probabilities(q[b, h, rows], k[b, h, keys], None if keep is None else keep[b], causal)
-        out[b, h, rows] = linear(p, v[b, h, keys].contiguous().T)
+        out[b, h, rows] = linear(p, v[b, h, keys].T)
     return out
 
 

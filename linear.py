@@ -50,7 +50,7 @@ def linear(x, weight, bias=None):
     """F.linear: x (…, K), weight (N, K) or what pack() made of it, bias (N,) -> (…, N). First derivatives only."""
     if weight.is_mkldnn:
         return onednn(x.float(), weight, bias)
-    if x.device.type != "cpu" or x.numel() * len(weight) <= SMALL or not usable(x) or weight.dtype != x.dtype:
+    if not usable(x) or weight.dtype != x.dtype or x.numel() * len(weight) <= SMALL:
         return F.linear(x, weight, bias)
     return OneDNNLinear.apply(x, weight, bias)
 
