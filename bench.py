@@ -29,18 +29,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import common
-import configurator
 import flops
 import make_data
 import train_grpo
 from data import normalize, read_frames, resize_crop
+from gazing import random_gazing, split_frames, to_budgets
 from label import greedy
-from linear import linear, quicken
-from model import Gaze, GazeConfig, split_frames
+from lib import configurator, run
+from lib.cpu import linear, quicken
+from lib.log import git_commit, peak_memory
+from model import Gaze, GazeConfig
+from siglip import GazeSigLIP
 from train_ntp import ntp_loss
 from videomae import ReconstructionLoss, VideoMAE, VideoMAEConfig
-from vit import GazeViT
 
 
 @dataclass
@@ -127,7 +128,7 @@ def clock(device):
     """Seconds: processor time with one thread on a CPU, else time on the wall when the device has finished."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
-    return common.now(device)
+    return run.now(device)
 
 
 def best_time(run, device, repeats, max_seconds):
@@ -159,7 +160,7 @@ def reset_peak(device):
 def peak_mib(device):
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.exists():  # elsewhere: the peak since the process began
-        return common.peak_memory(device) * 1024
+        return peak_memory(device) * 1024
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
 
 
@@ -191,7 +192,7 @@ class Setup:
     def __init__(self, cfg, device):
         self.cfg, self.device, self.c = cfg, device, cfg.gaze()
         self.T, self.R, self.ratio = cfg.n_frames, self.c.image_size, float(cfg.ratios.split(",")[0])
-        self.n = common.to_budgets([self.ratio] * self.T, self.c.num_ids)  # gazes per frame of everything but generate
+        self.n = to_budgets([self.ratio] * self.T, self.c.num_ids)  # gazes per frame of everything but generate
         self.compiled = cfg.compile and device.type != "cpu"
         torch.manual_seed(cfg.seed)
         self.gaze = Gaze(self.c).to(device)
@@ -211,7 +212,7 @@ class Setup:
         return torch.randn(B, self.T, 3, side or self.R, side or self.R, device=self.device)
 
     def random_gazes(self, B):
-        gazing = common.random_gazing(self.n, B, self.c.num_ids)
+        gazing = random_gazing(self.n, B, self.c.num_ids)
         return {k: v if k == "num_gazing_each_frame" else v.to(self.device) for k, v in gazing.items()}
 
     def usual_frames(self, count):
@@ -313,7 +314,7 @@ def encode(s, side, gazed):
     p, k = s.c.patch_size, side // s.R
     network, video, tiles, per_frame = siglip(s.cfg, side).to(s.device), s.clips(1, side), k * k, (side // p) ** 2
     sides = [scale * k for scale in s.c.scale_list]
-    vit = GazeViT(network, sides)
+    vit = GazeSigLIP(network, sides)
 
     def choose():
         if k == 1:
@@ -398,7 +399,7 @@ def line(row):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     torch.set_num_threads(cfg.threads)
-    _, _, device = common.init_processes(cfg.device)
+    _, _, device = run.init_processes(cfg.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     if device.type == "cpu" and cfg.compile:
         print("compile: never on a CPU")
@@ -408,7 +409,7 @@ def main():
     if not todo:
         raise ValueError(f"cases={cfg.cases!r} fits none of: " + "; ".join(known))
     one = device.type == "cpu" and cfg.threads == 1
-    about = {"command": " ".join(sys.argv), "commit": common.git_commit(),
+    about = {"command": " ".join(sys.argv), "commit": git_commit(),
              "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "python": platform.python_version(),
              "torch": torch.__version__, "processor": processor(), "dtype": cfg.dtype, "seed": cfg.seed,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "threads": cfg.threads,

@@ -233,7 +233,7 @@ def check_names(keys, where):
 
 class Clips(torch.utils.data.Dataset):
     """Clips of <root>/<split>/. An item: {"video": (T, 3, size, size) uint8, "key", "path", "unreadable": files passed
-    over to get it}; with `labels` (of label_files.py) also "gazing_pos" and "task_losses", lists of lists per frame,
+    over to get it}; with `labels` (of labels.py) also "gazing_pos" and "task_losses", lists of lists per frame,
     and only labelled videos are kept. Random start and crop depend on (seed, epoch, index) only, whatever process
     reads the clip and wherever a run was resumed: item index + epoch · len(self) is that of another epoch.
 
@@ -361,7 +361,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] != ["pack"] or len(sys.argv) not in (3, 4):
         raise SystemExit("usage: python data.py pack labels.json [labels.packed]")
     try:
-        from label_files import pack_labels
+        from lib.labels import pack_labels
         pack_labels(*sys.argv[2:])
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

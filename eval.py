@@ -29,16 +29,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
-import configurator
 import viz
 from codec import read_motion
 from data import Clips, count_frames, denormalize, normalize
+from gazing import Tiling, from_lists, last_slots, one_clip, parse_alpha, random_gazing, split_ratio, to_budgets
 from label import greedy
-from model import Gaze, join_frames, one_clip
-from tiling import Tiling
+from lib import configurator, run
+from lib.checkpoint import write_whole
+from lib.log import git_commit
+from model import Gaze
+from siglip import GazeSigLIP
 from videomae import check_fit, load_videomae
-from vit import GazeViT
 
 UNTRAINED = ("random", "uniform", "frame_diff", "codec")  # dashed in plots
 STUDIES = {"strides": "source frames per clip frame", "sides": "side of the frame in pixels"}
@@ -74,13 +75,14 @@ class Config:
     device: str = "auto"               # auto | cpu | cuda
 
     def check(self):
-        common.check_settings(self)
+        configurator.check_at_least(
+            self, n_frames=1, stride=1, max_clips=1, greedy_clips=0, study_clips=1, batch_size=1, seed=0)
+        configurator.check_share(self, "ratios")
+        parse_alpha(self.alpha, self.n_frames)
         entries = [m.partition("=") for m in self.models.split(",") if m]
         if len({name for name, _, folder in entries if name and folder} - {*UNTRAINED, "greedy"}) < len(entries):
             raise ValueError(f"models={self.models}: write name=folder,name=folder; every name once, none of "
                              f"{', '.join(UNTRAINED)}, greedy")
-        if self.max_clips < 1:
-            raise ValueError(f"max_clips={self.max_clips} must be at least 1")
         whole = r"[1-9][0-9]*"
         for key, form, example in (("strides", whole, "1,2,4"), ("sides", whole, "224,448"),
                                    ("requirements", r"auto|[0-9]*\.?[0-9]+", "0.6,0.7 or auto")):
@@ -100,10 +102,6 @@ def uniform_order(config):
     return order
 
 
-def from_lists(frames, V, device):
-    """Ids within the frame, per frame a (B, n_t) tensor -> gaze dict."""
-    gazing = join_frames([(ids + V * t, torch.zeros_like(ids, dtype=torch.bool)) for t, ids in enumerate(frames)])
-    return {k: v.to(device) for k, v in gazing.items()}
 
 
 def uniform_gazing(video, budgets, config):
@@ -203,7 +201,7 @@ def over_mean(n, under, mean):  # sums of under_gazes; 1 where there is nothing 
 def choose(mae, models, video, moved, budgets, ratios, with_greedy, seed):
     """{method: gaze dict} of clips (B, T, 3, R, R); moved: (B, T, R, R) from the codec, or None."""
     c, V = mae.config, mae.config.num_ids
-    gazings = {"random": common.random_gazing(budgets, len(video), V, torch.Generator().manual_seed(seed)),
+    gazings = {"random": random_gazing(budgets, len(video), V, torch.Generator().manual_seed(seed)),
                "uniform": uniform_gazing(video, budgets, c), "frame_diff": ranked_gazing(changes(video), budgets, c)}
     if moved is not None:
         gazings["codec"] = ranked_gazing(moved, budgets, c)
@@ -235,8 +233,8 @@ def batches(cfg, items, config, device, note):
 def measure(cfg, mae, models, items, ratio, device, n_greedy=0, vit=None):
     """{method: {loss, psnr, ssim, per_frame, predicted, …}} over all clips, the first batch's gazes, the budgets."""
     c, V, T = mae.config, mae.config.num_ids, cfg.n_frames
-    ratios = common.split_ratio("mean", ratio, T, cfg.alpha, None)
-    budgets = common.to_budgets(ratios, V)
+    ratios = split_ratio("mean", ratio, T, cfg.alpha, None)
+    budgets = to_budgets(ratios, V)
     sums, first = {}, {}
     for b, (i, video, moved) in enumerate(batches(cfg, items, c, device, f"ratio {ratio:g}")):
         pixels = denormalize(video)  # in [0, 1]
@@ -252,7 +250,7 @@ def measure(cfg, mae, models, items, ratio, device, n_greedy=0, vit=None):
                    "motion": under_gazes(gazing, motion, c).sum(0, keepdim=True),
                    "detail": under_gazes(gazing, detail, c).unsqueeze(0)}
             if name in models:
-                got["predicted"] = models[name](video, gazing)[1].gather(1, common.last_slots(gazing))
+                got["predicted"] = models[name](video, gazing)[1].gather(1, last_slots(gazing))
             if vit:
                 got["similarity"] = F.cosine_similarity(vit(pixels * 2 - 1, gazing).mean(1), whole, dim=1)
             for key, value in got.items():
@@ -285,7 +283,7 @@ def stopped(cfg, mae, gaze, items, requirement, device):
     for _, video, _ in batches(cfg, items, mae.config, device, f"stops at {requirement:.4f}"):
         gazing = gaze.generate(video, task_loss_requirement=requirement)
         ratio.append((~gazing["if_padded_gazing"]).float().sum(1).cpu() / (cfg.n_frames * gaze.config.num_ids))
-        predicted.append(gaze(video, gazing)[1].gather(1, common.last_slots(gazing)).cpu())
+        predicted.append(gaze(video, gazing)[1].gather(1, last_slots(gazing)).cpu())
         measured.append(mae(video, gazing, range(cfg.n_frames))[1].cpu())
     ratio, predicted, measured = (torch.cat(x) for x in (ratio, predicted, measured))
     return {"requirement": requirement, "ratio": ratio.mean().item(), "predicted": predicted.mean().item(),
@@ -455,12 +453,12 @@ def save(out, report, t0):
                for ratio, table in report["results"].items()}
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report | {"seconds": time.time() - t0, "results": results}, indent=1)
-    common.write_whole(out / "eval.json", text + "\n")
+    write_whole(out / "eval.json", text + "\n")
 
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    _, _, device = common.init_processes(cfg.device)
+    _, _, device = run.init_processes(cfg.device)
     out, t0 = Path(cfg.out_dir), time.time()
     mae = load_videomae(cfg, device)
     models, c = {}, mae.config
@@ -473,13 +471,13 @@ def main():
         raise ValueError(f"sides={cfg.sides}: must be multiples of {c.image_size}, the input of {cfg.videomae}")
     vit = None
     if cfg.encoder:  # its scales are such that its patches are ours: the ids are the same
-        vit = GazeViT.from_pretrained(cfg.encoder, scales="1024")  # any side that holds a patch
-        vit = GazeViT(vit.network, [s * vit.patch_size // c.patch_size for s in c.scale_list]).to(device).eval()
+        vit = GazeSigLIP.from_pretrained(cfg.encoder, scales="1024")  # any side that holds a patch
+        vit = GazeSigLIP(vit.network, [s * vit.patch_size // c.patch_size for s in c.scale_list]).to(device).eval()
     longest = (cfg.n_frames - 1) * max(strides, default=0) + 1
     at_stride = {v: load(cfg, c.image_size, v, cfg.study_clips, longest)[0] for v in strides}
     items, unreadable = load(cfg, c.image_size, cfg.stride, cfg.max_clips)
     results, pictures, budgets = {}, {}, {}
-    report = {"config": asdict(cfg), "commit": common.git_commit(), "clips": len(items), "unreadable": len(unreadable),
+    report = {"config": asdict(cfg), "commit": git_commit(), "clips": len(items), "unreadable": len(unreadable),
               "finished": False, "budgets": budgets, "results": results}
     for i, ratio in enumerate(cfg.ratios.split(",")):
         n_greedy = cfg.greedy * (len(items) if i == 0 else cfg.greedy_clips)

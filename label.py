@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
-import configurator
 from data import Clips, VideoError, check_names, normalize, video_key
+from gazing import draw_ratio, parse_alpha, split_ratio, to_budgets
+from lib import configurator, run
+from lib.checkpoint import write_whole
 from videomae import load_videomae
 
 
@@ -56,7 +57,11 @@ class Config:
     device: str = "auto"               # auto | cpu | cuda
 
     def check(self):
-        common.check_settings(self)
+        configurator.check_at_least(self, n_frames=1, stride=1, max_clips=0, max_candidates=1, seed=0)
+        configurator.check_above_zero(self, "ratio_rate")
+        configurator.check_share(self, "ratio_min", "ratio_max")
+        configurator.check_order(self, ("ratio_min", "ratio_max"))
+        parse_alpha(self.alpha, self.n_frames)
 
 
 class Past:
@@ -153,8 +158,8 @@ def greedy_naive(mae, video, budgets, max_candidates=512):
 def clip_budgets(cfg, key, V):
     """Patches per frame of a clip, from the seed and its key alone: the same on every machine and after a restart."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{cfg.seed} {key}".encode()))
-    ratio = common.draw_ratio("exponential", 0, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
-    return common.to_budgets(common.split_ratio("dirichlet", ratio, cfg.n_frames, cfg.alpha, generator), V)
+    ratio = draw_ratio("exponential", 0, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
+    return to_budgets(split_ratio("dirichlet", ratio, cfg.n_frames, cfg.alpha, generator), V)
 
 
 def read_parts(out, settings):
@@ -177,7 +182,7 @@ def read_parts(out, settings):
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.init_processes(cfg.device)
+    rank, world, device = run.init_processes(cfg.device)
     mae = load_videomae(cfg, device)
     c, V = mae.config, mae.config.num_ids
     out = Path(cfg.out or Path(cfg.root.split(",")[0]) / "gazing_labels.json")
@@ -188,7 +193,7 @@ def main():
     settings["weights"] = f"{sum(p.double().abs().sum().item() for p in mae.parameters()):.6g}"
     out.parent.mkdir(parents=True, exist_ok=True)
     done = read_parts(out, settings)
-    common.barrier()  # nobody writes before all have read, or they would share out different lists
+    run.barrier()  # nobody writes before all have read, or they would share out different lists
 
     clips = [Clips(cfg.root, split, cfg.n_frames, c.image_size, stride=cfg.stride) for split in cfg.splits.split(",")]
     for data in clips:
@@ -219,14 +224,14 @@ def main():
             part.flush()
             n_candidates += sum(V * n - n * (n - 1) // 2 for n in budgets)
     seconds = time.time() - t0
-    total, n_bad = common.all_sum(n_candidates, n_bad)
-    common.barrier()
+    total, n_bad = run.all_sum(n_candidates, n_bad)
+    run.barrier()
     if rank == 0:
         done = read_parts(out, settings)
         labels = {key: done[key] for key in asked if key in done}
         if not labels:
             raise VideoError(f"{cfg.root}: none of the {len(asked)} videos could be read, no labels written")
-        common.write_whole(out, json.dumps(labels))
+        write_whole(out, json.dumps(labels))
         if mine:
             print(f"{seconds / len(mine):.4f} s per clip and process, "
                   f"{total / max(seconds, 1e-9):.0f} candidates per second in all")
@@ -234,7 +239,7 @@ def main():
               + (f"; {int(n_bad)} unreadable files left out" if n_bad else "")
               + (f"; {len(done) - len(labels)} more, not asked for now, stay in {out.name}.rank*.jsonl"
                  if len(done) > len(labels) else ""))
-    common.finish()
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import configurator
 from data import VIDEO_SUFFIXES, VideoError, count_frames, decode
+from lib import configurator
 
 # What happens in a toy clip. Most cameras stand still: then a new patch is worth a gaze only where something changed,
 # which is what the model has to find out.

@@ -22,9 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from attention import causal_attention
-from linear import Linear, linear, pack
-from weights import Grids, assign, load_gaze, published_name, save_gaze
+from gazing import Grids, Tiling, join_frames, pack_front, split_frames
+from lib.attention import causal_attention
+from lib.cpu import Linear, linear, pack
+from lib.weights import assign, load_gaze, published_name, save_gaze
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -208,10 +209,6 @@ class Decoder(nn.Module):
         return x
 
 
-def pack_front(keep):
-    """Indices (B, L) that move each row's kept tokens to the front in order, and where each token went (B, L)."""
-    order = torch.argsort(~keep, dim=1, stable=True)
-    return order, torch.argsort(order, dim=1)
 
 
 def take(x, index):  # rows of x (B, L, D) at index (B, M) -> (B, M, D)
@@ -331,7 +328,6 @@ class Gaze(nn.Module):
             if value is not None and torch.as_tensor(value).dim() > 0 and torch.as_tensor(value).shape[-1] != T:
                 raise ValueError(f"{name} has values for {torch.as_tensor(value).shape[-1]} frames, the video has {T}")
         if target_scales is not None or target_patch_size is not None:
-            from tiling import Tiling  # it needs this file
             tiling = Tiling(self.config, target_scales, target_patch_size)
             out = self.generate(tiling.cut(video), tiling.repeat(gazing_ratio), tiling.repeat(task_loss_requirement),
                                 temperature, reference, generator, num_copies)
@@ -388,22 +384,10 @@ def already_gazed(ids, n, V):
     return taken & (ids != V).unsqueeze(-1)
 
 
-def split_frames(gazing):
-    """Gaze dict -> per frame (gazing_pos (B, n_t), if_padded (B, n_t))."""
-    n = gazing["num_gazing_each_frame"].tolist()
-    return list(zip(gazing["gazing_pos"].split(n, dim=1), gazing["if_padded_gazing"].split(n, dim=1), strict=True))
 
 
-def join_frames(frames):
-    return {"gazing_pos": torch.cat([ids for ids, _ in frames], dim=1),
-            "if_padded_gazing": torch.cat([p for _, p in frames], dim=1),
-            "num_gazing_each_frame": torch.tensor([ids.shape[1] for ids, _ in frames])}
 
 
-def one_clip(gazing, row):
-    """The gaze dict of one clip of a batch, on the CPU."""
-    out = {k: gazing[k][row:row + 1].cpu() for k in ("gazing_pos", "if_padded_gazing")}
-    return out | {"num_gazing_each_frame": gazing["num_gazing_each_frame"].cpu()}
 
 
 def per_clip_and_frame(value, B, name):

@@ -15,8 +15,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
-import configurator
+from gazing import parse_alpha
+from lib import configurator
+from lib.checkpoint import write_whole
 
 
 @dataclass
@@ -40,7 +41,9 @@ class Config:
     seed: int = 666                    # of every stage
 
     def check(self):
-        common.check_settings(self)
+        configurator.check_at_least(self, n_frames=1, n_train=1, n_val=1, label_clips=1, n_processes=1, seed=0)
+        configurator.check_share(self, "ratio", *(["other_ratios"] if self.other_ratios else []))
+        parse_alpha(self.alpha, self.n_frames)
 
 
 def main():
@@ -123,7 +126,7 @@ def main():
               "gap_closed": {k: v["gap_closed"] for k, v in table.items()},
               "seconds": seconds, "seed": cfg.seed, "clips": result["clips"],
               "commit": result["commit"]}
-    common.write_whole(out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_whole(out / "report.json", json.dumps(report, indent=1) + "\n")
     print("\nseconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
           + f"; {sum(seconds.values()):.0f} in all")
     print("\npictures:")

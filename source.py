@@ -1,4 +1,4 @@
-"""Pictures for gaze.py: what is in a file, frames as they come from cameras, pipes and URLs, and what of a picture is
+"""Pictures for show.py: what is in a file, frames as they come from cameras, pipes and URLs, and what of a picture is
 looked at."""
 import os
 import queue
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from data import VideoError, count_frames, normalize, quarter_turns, resize, resize_crop, video_stream
-from tiling import Tiling
+from gazing import Tiling
 
 
 def probe(path):

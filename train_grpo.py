@@ -19,11 +19,15 @@ from typing import Literal
 
 import torch
 
-import common
-import configurator
 import model
 import viz
 from data import Clips, collate, normalize
+from gazing import draw_ratio, last_slots, one_clip, parse_alpha, split_frames, split_ratio
+from lib import configurator, run
+from lib.checkpoint import keep_best, load_state, save_state, state_of
+from lib.loader import Feed, StepSampler, make_loader, shard
+from lib.log import Log, check_finite, count_parameters
+from lib.optim import exponential, learning_rate, make_optimizer
 from model import Gaze, GazeConfig
 from videomae import check_fit, load_videomae
 
@@ -112,7 +116,17 @@ class Config:
                              f"the reward: use 1/{self.n_frames} to 1")
         if min(self.temperature, self.temperature_end) <= 0:
             raise ValueError("temperature must be above 0: a group of equal rollouts teaches nothing")
-        common.check_settings(self)
+        configurator.check_at_least(
+            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
+            log_every=1, val_clips=1, seed=0, lr_end=0, task_loss_weight=0, reward_batch=0)
+        configurator.check_above_zero(self, "lr", "epochs", "ratio_rate")
+        configurator.check_share(self, "val_ratio", "ratio", "ratio_min", "ratio_max")
+        configurator.check_fraction(self, "warmup")
+        configurator.check_order(self, ("ratio_min", "ratio_max"), ("requirement_min", "requirement_max"))
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma} must lie between 0 and 1")
+        configurator.check_wandb(self)
+        parse_alpha(self.alpha, self.n_frames)
         if self.init_from == "scratch":
             self.model()
 
@@ -146,18 +160,18 @@ def grpo_loss(log_prob, advantage):
 def roll_out(gaze, video, cfg, step, temperature):
     """G sampled gazes of every clip, copy-major. Draws of ratio and requirement are the same on all ranks."""
     T, V = cfg.n_frames, gaze.config.num_ids
-    shared = common.shared_generator(cfg.seed, step)
-    ratio = common.draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, shared)
+    shared = run.shared_generator(cfg.seed, step)
+    ratio = draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, shared)
     need = None
     if cfg.split == "self" or cfg.stop_early:
-        need = common.draw_ratio(
+        need = draw_ratio(
             cfg.requirement, cfg.task_loss_requirement, cfg.requirement_min, cfg.requirement_max, 0, shared)
     if cfg.split == "self":
         own = gaze.generate(video, gazing_ratio=ratio, task_loss_requirement=need, temperature=temperature)
-        ratios = torch.stack([(~p).sum(1) for _, p in model.split_frames(own)], dim=1) / V  # (B, T)
+        ratios = torch.stack([(~p).sum(1) for _, p in split_frames(own)], dim=1) / V  # (B, T)
         ratios = ratios.repeat(cfg.group_size, 1)
     else:
-        ratios = common.split_ratio(cfg.split, ratio, T, cfg.alpha, shared)
+        ratios = split_ratio(cfg.split, ratio, T, cfg.alpha, shared)
     return gaze.generate(video, ratios, need if cfg.stop_early else None, temperature, num_copies=cfg.group_size)
 
 
@@ -174,15 +188,45 @@ def measure(mae, video, gazing, frames, most):
     return torch.cat(losses).float()
 
 
+@torch.no_grad()
+def validate(gaze, mae, loader, ratios, requirement, device):
+    """Greedy gazes of validation clips and what the reconstructor makes of them, over all ranks.
+
+    ratios (T,) share of the patches that each frame may take. Returns ({val_loss: mean over clips and frames,
+    val_ratio, val_predicted: the model's own estimate of the loss}, tensors for one picture); without a reconstructor
+    no losses.
+    """
+    sums, picture = [0.0] * 4, None
+    for batch in loader:
+        video = normalize(batch["video"].to(device))
+        gazing = gaze.generate(video, gazing_ratio=ratios, task_loss_requirement=requirement)
+        real = ~gazing["if_padded_gazing"]
+        recon = None
+        if mae is not None:
+            recon, loss = mae(video, gazing, range(video.shape[1]))
+            predicted = gaze(video, gazing)[1].gather(1, last_slots(gazing))
+            sums[0] += loss.mean(1).sum().item()
+            sums[1] += predicted.mean(1).sum().item()
+        sums[2] += real.sum().item() / (video.shape[1] * gaze.config.num_ids)
+        sums[3] += len(video)
+        if picture is None:
+            picture = video[0], one_clip(gazing, 0), recon
+    loss, predicted, ratio, count = run.all_sum(*sums)
+    metrics = {"val_ratio": ratio / count}
+    if mae is not None:
+        metrics = {"val_loss": loss / count, "val_predicted": predicted / count} | metrics
+    return metrics, picture
+
+
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.start(cfg)
+    rank, world, device = run.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- models
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        resumed = common.load_state(out, cfg, world, {"n_frames"})
+        resumed = load_state(out, cfg, world, {"n_frames"})
         start, best = resumed["step"], resumed["best"]
         gaze = Gaze.from_pretrained(out)
         gaze.load_state_dict(resumed["model"])
@@ -203,22 +247,22 @@ def main():
     args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
     train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, seed=cfg.seed, **args)
     val = Clips(cfg.root, "val", **args)
-    common.check_same(training_clips=len(train), validation_clips=len(val))
+    run.check_same(training_clips=len(train), validation_clips=len(val))
     total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
-    sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
-    loader = common.Feed(common.make_loader(train, sampler, cfg.n_workers, collate))
+    sampler = StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
+    loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
-    val_loader = common.make_loader(val, common.shard(n_val, rank, world, 16), 0, collate)
-    val_ratios = common.split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha,
-                                    common.shared_generator(cfg.seed, 0))
+    val_loader = make_loader(val, shard(n_val, rank, world, 16), 0, collate)
+    val_ratios = split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha,
+                                    run.shared_generator(cfg.seed, 0))
 
     # ---- optimizer
-    optimizer = common.make_optimizer(cfg.optimizer, gaze, cfg.lr)
-    ddp, sync, autocast, scaler, precision = common.prepare(gaze, optimizer, cfg, world, device, resumed)
+    optimizer = make_optimizer(cfg.optimizer, gaze, cfg.lr)
+    ddp, sync, autocast, scaler, precision = run.prepare(gaze, optimizer, cfg, world, device, resumed)
     n_recon = int(cfg.recon_sample_rate * cfg.n_frames)
-    log = common.Log(cfg, rank, world, device, [
-        f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters; "
-        f"reconstructor {common.count_parameters(mae) / 1e6:.2f} M, frozen",
+    log = Log(cfg, rank, world, device, [
+        f"Gaze {model.describe(gaze.config)}; {count_parameters(gaze) / 1e6:.2f} M parameters; "
+        f"reconstructor {count_parameters(mae) / 1e6:.2f} M, frozen",
         f"{sampler.arithmetic}, {cfg.group_size} rollouts each, {n_recon} rewarded frames; "
         f"{total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
@@ -227,25 +271,25 @@ def main():
     # ---- loop
     unreadable, t0 = set(), time.time()
     for step in range(start, total + 1):
-        stop = common.stopping()
+        stop = run.stopping()
         if (step % cfg.val_every == 0 or step == total) and not stop:
-            metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
+            metrics, picture = validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
             log.write(step, total, step - start, **metrics)
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2][0],
                           title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-            best = common.keep_best(gaze, out, metrics["val_loss"], best, rank)
+            best = keep_best(gaze, out, metrics["val_loss"], best, rank)
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)
-            common.save_state(out / "last.pt", common.state_of(step, gaze, optimizer, scaler, best, cfg, world))
+            save_state(out / "last.pt", state_of(step, gaze, optimizer, scaler, best, cfg, world))
         if step == total or stop:
             break
-        common.seed_step(cfg.seed, step, rank, world)
-        lr = common.learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
+        run.seed_step(cfg.seed, step, rank, world)
+        lr = learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        temperature = common.exponential(step, total, cfg.temperature, cfg.temperature_end)
-        frames = torch.randperm(cfg.n_frames, generator=common.shared_generator(cfg.seed, step))
+        temperature = exponential(step, total, cfg.temperature, cfg.temperature_end)
+        frames = torch.randperm(cfg.n_frames, generator=run.shared_generator(cfg.seed, step))
         frames = frames[:n_recon].sort().values.tolist()
         stats, per_scale, seconds, keys = torch.zeros(8), torch.zeros(len(gaze.config.ids_per_scale)), [0.0] * 3, []
         for i in range(sampler.n_micro):
@@ -254,32 +298,32 @@ def main():
             unreadable.update(batch["unreadable"])
             video = normalize(batch["video"].to(device, non_blocking=True))
             B, share = len(video), len(video) / sampler.local
-            clock = [common.now(device)]
+            clock = [run.now(device)]
             with autocast:
                 gazing = roll_out(gaze, video, cfg, step, temperature)
-            clock.append(common.now(device))
+            clock.append(run.now(device))
             with autocast:
                 loss = measure(mae, video, gazing, frames, cfg.reward_batch)
-            clock.append(common.now(device))
+            clock.append(run.now(device))
             reward = -loss.view(cfg.group_size, B, n_recon)
             advantage = discounted_advantages((reward - reward.mean(0)).flatten(0, 1), frames, gazing, cfg.gamma)
             with sync(last=i == sampler.n_micro - 1):
                 with autocast:
                     log_prob, task_loss = ddp(video, gazing, cfg.policy, temperature)
-                predicted = task_loss.gather(1, common.last_slots(gazing)[:, frames])
+                predicted = task_loss.gather(1, last_slots(gazing)[:, frames])
                 error = ((predicted - loss) ** 2).mean()  # every rewarded frame has a last real slot
                 scaler.scale((grpo_loss(log_prob, advantage) + cfg.task_loss_weight * error) * share).backward()
-            clock.append(common.now(device))
+            clock.append(run.now(device))
             seconds = [s + b - a for s, a, b in zip(seconds, clock, clock[1:], strict=False)]
             real, spread = ~gazing["if_padded_gazing"], reward.std(0)
             stats += share * torch.tensor([
                 reward.mean(), spread.mean(), (spread < 1e-6).float().mean(), -log_prob.detach().sum() / real.sum(),
                 real.sum() / (len(real) * cfg.n_frames), predicted.detach().mean(), loss.mean(), error.detach()])
             per_scale += share * torch.stack([m.sum().cpu() for m in gazing["gazing_mask"]]) / real.sum().cpu()
-        common.check_finite(stats.sum().item(), step, keys)
-        common.update(optimizer, scaler)
+        check_finite(stats.sum().item(), step, keys)
+        run.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
-            means = common.all_sum(*(x / world for x in [*stats.tolist(), *per_scale.tolist()]))
+            means = run.all_sum(*(x / world for x in [*stats.tolist(), *per_scale.tolist()]))
             # entropy: mean -log π of the sampled patches, exact only if they are drawn from π (policy=sampling)
             names = ("reward", "reward_spread", "no_spread", "entropy", "gazes_per_frame", "predicted",
                      "measured", "task_error")
@@ -287,9 +331,9 @@ def main():
                       per_scale=[round(x, 3) for x in means[len(names):]], temperature=temperature, lr=lr,
                       rollout_s=seconds[0], reward_s=seconds[1], update_s=seconds[2],
                       ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      data_ms=loader.waited_ms(cfg.log_every), unreadable=common.count_distinct(unreadable))
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
             t0 = time.time()
-    common.finish()
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -17,12 +17,16 @@ from typing import Literal
 
 import torch
 
-import common
-import configurator
 import model
 import viz
 from data import Clips, collate, collate_gaze, normalize
-from label_files import check_labels, load_labels
+from gazing import last_slots, one_clip, parse_alpha, split_ratio
+from lib import configurator, run
+from lib.checkpoint import keep_best, load_state, save_state, state_of
+from lib.labels import check_labels, load_labels
+from lib.loader import Feed, StepSampler, make_loader, shard
+from lib.log import Log, check_finite, count_parameters
+from lib.optim import learning_rate, make_optimizer
 from model import Gaze, GazeConfig
 from videomae import check_fit, load_videomae
 
@@ -83,7 +87,14 @@ class Config:
     wandb: str | None = None           # project to mirror metrics.jsonl to; none: off
 
     def check(self):
-        common.check_settings(self)
+        configurator.check_at_least(
+            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
+            log_every=1, val_clips=1, seed=0, lr_end=0, task_loss_weight=0)
+        configurator.check_above_zero(self, "lr", "epochs")
+        configurator.check_share(self, "val_ratio")
+        configurator.check_fraction(self, "warmup")
+        configurator.check_wandb(self)
+        parse_alpha(self.alpha, self.n_frames)
         self.model()
 
     def model(self):
@@ -136,21 +147,51 @@ def label_loss(gaze, loader, device):
         new = [nll.item(), error.item(), (~gazing["if_padded_gazing"]).sum().item(),
                sum([i] == f for i, f in zip(said.tolist(), first, strict=True)), sum(map(len, first))]
         sums = [a + b for a, b in zip(sums, new, strict=True)]
-    nll, error, n_real, hits, count = common.all_sum(*sums)
+    nll, error, n_real, hits, count = run.all_sum(*sums)
     n_real, count = max(n_real, 1), max(count, 1)
     return {"val_ntp": nll / n_real, "val_task_error": error / n_real, "val_first_accuracy": hits / count}
 
 
+@torch.no_grad()
+def validate(gaze, mae, loader, ratios, requirement, device):
+    """Greedy gazes of validation clips and what the reconstructor makes of them, over all ranks.
+
+    ratios (T,) share of the patches that each frame may take. Returns ({val_loss: mean over clips and frames,
+    val_ratio, val_predicted: the model's own estimate of the loss}, tensors for one picture); without a reconstructor
+    no losses.
+    """
+    sums, picture = [0.0] * 4, None
+    for batch in loader:
+        video = normalize(batch["video"].to(device))
+        gazing = gaze.generate(video, gazing_ratio=ratios, task_loss_requirement=requirement)
+        real = ~gazing["if_padded_gazing"]
+        recon = None
+        if mae is not None:
+            recon, loss = mae(video, gazing, range(video.shape[1]))
+            predicted = gaze(video, gazing)[1].gather(1, last_slots(gazing))
+            sums[0] += loss.mean(1).sum().item()
+            sums[1] += predicted.mean(1).sum().item()
+        sums[2] += real.sum().item() / (video.shape[1] * gaze.config.num_ids)
+        sums[3] += len(video)
+        if picture is None:
+            picture = video[0], one_clip(gazing, 0), recon
+    loss, predicted, ratio, count = run.all_sum(*sums)
+    metrics = {"val_ratio": ratio / count}
+    if mae is not None:
+        metrics = {"val_loss": loss / count, "val_predicted": predicted / count} | metrics
+    return metrics, picture
+
+
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.start(cfg)
+    rank, world, device = run.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- model
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        resumed = common.load_state(out, cfg, world, {*GazeConfig.__dataclass_fields__, "n_frames"})
+        resumed = load_state(out, cfg, world, {*GazeConfig.__dataclass_fields__, "n_frames"})
         start, best = resumed["step"], resumed["best"]
         gaze = Gaze.from_pretrained(out)  # for its config.json: sizes may come from what the run started from
         gaze.load_state_dict(resumed["model"])
@@ -173,21 +214,21 @@ def main():
     R = gaze.config.image_size
     args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, labels=labels, cache=cfg.cache)
     train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
-    common.check_same(training_clips=len(train), validation_clips=len(val))
+    run.check_same(training_clips=len(train), validation_clips=len(val))
     total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
-    sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
-    loader = common.Feed(common.make_loader(train, sampler, cfg.n_workers, collate))
+    sampler = StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
+    loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
-    val_loader = common.make_loader(val, common.shard(n_val, rank, world, sampler.micro), 0, collate)
-    val_ratios = common.split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha,
-                                    common.shared_generator(cfg.seed, 0))
+    val_loader = make_loader(val, shard(n_val, rank, world, sampler.micro), 0, collate)
+    val_ratios = split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha,
+                                    run.shared_generator(cfg.seed, 0))
 
     # ---- optimizer
-    optimizer = common.make_optimizer(cfg.optimizer, gaze, cfg.lr)
-    ddp, sync, autocast, scaler, precision = common.prepare(gaze, optimizer, cfg, world, device, resumed)
-    log = common.Log(cfg, rank, world, device, [
-        f"Gaze {model.describe(gaze.config)}; {common.count_parameters(gaze) / 1e6:.2f} M parameters, "
-        f"{common.count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
+    optimizer = make_optimizer(cfg.optimizer, gaze, cfg.lr)
+    ddp, sync, autocast, scaler, precision = run.prepare(gaze, optimizer, cfg, world, device, resumed)
+    log = Log(cfg, rank, world, device, [
+        f"Gaze {model.describe(gaze.config)}; {count_parameters(gaze) / 1e6:.2f} M parameters, "
+        f"{count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
         f"{sampler.arithmetic}; {total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if resumed else ""), precision], start)
@@ -195,27 +236,27 @@ def main():
     # ---- loop
     unreadable, t0 = set(), time.time()
     for step in range(start, total + 1):
-        stop = common.stopping()
+        stop = run.stopping()
         if (step % cfg.val_every == 0 or step == total) and not stop:
-            metrics, picture = common.validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
+            metrics, picture = validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
             labelled = label_loss(gaze, val_loader, device)
             log.write(step, total, step - start, **labelled, **metrics)
-            best = common.keep_best(gaze, out, labelled["val_ntp"], best, rank)
+            best = keep_best(gaze, out, labelled["val_ntp"], best, rank)
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], gaze.config,
                           reconstruction=picture[2] if mae is None else picture[2][0],
                           title=f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)
-            common.save_state(out / "last.pt", common.state_of(step, gaze, optimizer, scaler, best, cfg, world))
+            save_state(out / "last.pt", state_of(step, gaze, optimizer, scaler, best, cfg, world))
         if step == total or stop:
             break
-        common.seed_step(cfg.seed, step, rank, world)
-        lr = common.learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
+        run.seed_step(cfg.seed, step, rank, world)
+        lr = learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = [next(loader) for _ in range(sampler.n_micro)]
-        n_real = max(1, common.all_sum(sum(len(f) for b in batches for clip in b["gazing_pos"] for f in clip))[0])
+        n_real = max(1, run.all_sum(sum(len(f) for b in batches for clip in b["gazing_pos"] for f in clip))[0])
         sums = [0.0, 0.0]
         for i, batch in enumerate(batches):
             unreadable.update(batch["unreadable"])
@@ -228,16 +269,16 @@ def main():
                 loss = (nll + cfg.task_loss_weight * error) * world  # DDP averages over ranks, we want the sum
                 scaler.scale(loss).backward()
             sums = [sums[0] + nll.item(), sums[1] + error.item()]
-        common.check_finite(sum(sums), step, [k for b in batches for k in b["key"]])
-        common.update(optimizer, scaler)
+        check_finite(sum(sums), step, [k for b in batches for k in b["key"]])
+        run.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
-            nll, error = common.all_sum(*sums)
+            nll, error = run.all_sum(*sums)
             log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr,
                       epoch=(step + 1) * cfg.batch_size / len(train),
                       ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      data_ms=loader.waited_ms(cfg.log_every), unreadable=common.count_distinct(unreadable))
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
             t0 = time.time()
-    common.finish()
+    run.finish()
 
 
 if __name__ == "__main__":

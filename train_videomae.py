@@ -17,12 +17,14 @@ from typing import Literal
 
 import torch
 
-import common
-import configurator
 import viz
 from data import Clips, collate, normalize
-from model import one_clip
-from tiling import as_sides
+from gazing import as_sides, draw_ratio, one_clip, parse_alpha, random_gazing, split_ratio, to_budgets
+from lib import configurator, run
+from lib.checkpoint import keep_best, load_state, save_state, state_of
+from lib.loader import Feed, StepSampler, make_loader, shard
+from lib.log import Log, check_finite, count_parameters
+from lib.optim import Muon, learning_rate
 from videomae import VideoMAE, VideoMAEConfig
 
 
@@ -85,7 +87,15 @@ class Config:
     val_clips: int = 256               # clips of the validation set that are used
 
     def check(self):
-        common.check_settings(self)
+        configurator.check_at_least(
+            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
+            log_every=1, val_clips=1, seed=0, lr_end=0, weight_decay=0)
+        configurator.check_above_zero(self, "lr", "ratio_rate", "clip_grad")
+        configurator.check_share(self, "ratio_min", "ratio_max")
+        configurator.check_fraction(self, "warmup", "beta2")
+        configurator.check_order(self, ("ratio_min", "ratio_max"))
+        configurator.check_wandb(self)
+        parse_alpha(self.alpha, self.n_frames)
         self.model()
         if not 1 <= self.recon_frames <= self.n_frames <= self.max_num_frames:
             raise ValueError(f"need 1 <= recon_frames={self.recon_frames} <= n_frames={self.n_frames} <= "
@@ -97,8 +107,8 @@ class Config:
 
 
 def draw_budgets(cfg, V, generator):
-    ratio = common.draw_ratio("exponential", 0, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
-    return common.to_budgets(common.split_ratio("dirichlet", ratio, cfg.n_frames, cfg.alpha, generator), V)
+    ratio = draw_ratio("exponential", 0, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
+    return to_budgets(split_ratio("dirichlet", ratio, cfg.n_frames, cfg.alpha, generator), V)
 
 
 @torch.no_grad()
@@ -108,19 +118,19 @@ def evaluate(mae, loader, cfg, device):
     for i, batch in enumerate(loader):
         generator = torch.Generator().manual_seed(i)  # the same gazes at every evaluation
         video = normalize(batch["video"].to(device))
-        gazing = common.random_gazing(draw_budgets(cfg, V, generator), len(video), V, generator)
+        gazing = random_gazing(draw_budgets(cfg, V, generator), len(video), V, generator)
         gazing = {k: v.to(device) for k, v in gazing.items()}
         recon, loss = mae(video, gazing, range(cfg.n_frames))
         total, count = total + loss.mean(1).sum().item(), count + len(video)
         if picture is None:
             picture = video[0], one_clip(gazing, 0), recon[0]
-    total, count = common.all_sum(total, count)
+    total, count = run.all_sum(total, count)
     return total / count, picture
 
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    rank, world, device = common.start(cfg)
+    rank, world, device = run.start(cfg)
     out = Path(cfg.out_dir)
 
     # ---- model
@@ -129,7 +139,7 @@ def main():
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
-        resumed = common.load_state(out, cfg, world, VideoMAEConfig.__dataclass_fields__.keys())
+        resumed = load_state(out, cfg, world, VideoMAEConfig.__dataclass_fields__.keys())
         start, best = resumed["step"], resumed["best"]
         mae = VideoMAE.from_state(resumed["model"], model_cfg, out / "last.pt", **loss_args)
     elif cfg.init_from == "scratch":
@@ -144,25 +154,25 @@ def main():
     args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
     train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, seed=cfg.seed, **args)
     val = Clips(cfg.root, "val", **args)
-    common.check_same(training_clips=len(train), validation_clips=len(val))
-    sampler = common.StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, cfg.steps)
-    loader = common.Feed(common.make_loader(train, sampler, cfg.n_workers, collate))
+    run.check_same(training_clips=len(train), validation_clips=len(val))
+    sampler = StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, cfg.steps)
+    loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
-    val_loader = common.make_loader(val, common.shard(n_val, rank, world, sampler.micro), 0, collate)
+    val_loader = make_loader(val, shard(n_val, rank, world, sampler.micro), 0, collate)
 
     # ---- optimizer
     if cfg.optimizer == "muon":
-        optimizer = common.Muon(mae, cfg.lr, betas=(0.9, cfg.beta2))
+        optimizer = Muon(mae, cfg.lr, betas=(0.9, cfg.beta2))
     else:
         decay = [p for p in mae.parameters() if p.requires_grad and p.dim() > 1]
         rest = [p for p in mae.parameters() if p.requires_grad and p.dim() <= 1]
         optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
                                        {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, cfg.beta2))
-    ddp, sync, autocast, scaler, precision = common.prepare(mae, optimizer, cfg, world, device, resumed)
-    log = common.Log(cfg, rank, world, device, [
+    ddp, sync, autocast, scaler, precision = run.prepare(mae, optimizer, cfg, world, device, resumed)
+    log = Log(cfg, rank, world, device, [
         f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "
-        f"{common.count_parameters(mae.vit) / 1e6:.2f} M encoder + "
-        f"{common.count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
+        f"{count_parameters(mae.vit) / 1e6:.2f} M encoder + "
+        f"{count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
         sampler.arithmetic,
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
         + (f"; resumed at step {start}" if resumed else ""), precision], start)
@@ -170,7 +180,7 @@ def main():
     # ---- loop
     unreadable, t0 = set(), time.time()
     for step in range(start, cfg.steps + 1):
-        stop = common.stopping()
+        stop = run.stopping()
         if (step % cfg.val_every == 0 or step == cfg.steps) and not stop:
             mae.eval()
             val_loss, picture = evaluate(mae, val_loader, cfg, device)
@@ -178,18 +188,18 @@ def main():
             if rank == 0:
                 viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],
                           title=f"step {step}: loss {val_loss:.3f}")
-            best = common.keep_best(mae, out, val_loss, best, rank)
+            best = keep_best(mae, out, val_loss, best, rank)
             mae.train()
         if (step % cfg.save_every == 0 or step == cfg.steps or stop) and rank == 0:
             mae.save_pretrained(out)
-            common.save_state(out / "last.pt", common.state_of(step, mae, optimizer, scaler, best, cfg, world))
+            save_state(out / "last.pt", state_of(step, mae, optimizer, scaler, best, cfg, world))
         if step == cfg.steps or stop:
             break
-        common.seed_step(cfg.seed, step, rank, world)
-        lr = common.learning_rate("linear_w_warmup", step, cfg.steps, cfg.lr, cfg.lr_end, cfg.warmup)
+        run.seed_step(cfg.seed, step, rank, world)
+        lr = learning_rate("linear_w_warmup", step, cfg.steps, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        generator = common.shared_generator(cfg.seed, step)
+        generator = run.shared_generator(cfg.seed, step)
         budgets = draw_budgets(cfg, V, generator)
         frames = torch.randperm(cfg.n_frames, generator=generator)[:cfg.recon_frames].sort().values.tolist()
         step_loss, keys = 0.0, []
@@ -198,23 +208,23 @@ def main():
             keys += batch["key"]
             unreadable.update(batch["unreadable"])
             video = normalize(batch["video"].to(device, non_blocking=True))
-            gazing = {k: v.to(device) for k, v in common.random_gazing(budgets, len(video), V).items()}
+            gazing = {k: v.to(device) for k, v in random_gazing(budgets, len(video), V).items()}
             with sync(last=i == sampler.n_micro - 1):
                 with autocast:
                     loss = ddp(video, gazing, frames)[1].mean() * (len(video) / sampler.local)
                 scaler.scale(loss).backward()
             step_loss += loss.item()
-        common.check_finite(step_loss, step, keys)
+        check_finite(step_loss, step, keys)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), cfg.clip_grad).item()
-        common.update(optimizer, scaler)
+        run.update(optimizer, scaler)
         if (step + 1) % cfg.log_every == 0:
-            log.write(step + 1, cfg.steps, step + 1 - start, loss=common.all_sum(step_loss / world)[0], lr=lr,
+            log.write(step + 1, cfg.steps, step + 1 - start, loss=run.all_sum(step_loss / world)[0], lr=lr,
                       grad_norm=grad_norm, gazes_per_clip=sum(budgets),
                       ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      data_ms=loader.waited_ms(cfg.log_every), unreadable=common.count_distinct(unreadable))
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
             t0 = time.time()
-    common.finish()
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from attention import block_causal_attention
 from data import IMAGE_MEAN, IMAGE_STD
-from linear import Linear, linear, quicken
-from weights import Grids, announce, assign, download, is_hub_id, old_name, read_config, read_tensors, save_folder
+from gazing import Grids
+from lib.attention import block_causal_attention
+from lib.cpu import Linear, linear, quicken
+from lib.weights import announce, assign, download, is_hub_id, old_name, read_config, read_tensors, save_folder
 
 WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
 # Parameters that a plain ViTMAE lacks; taken as start weights they are drawn anew.

@@ -101,7 +101,7 @@ def save_figure(fig, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# frames of a film: a panel per scale in a row, labels above; `view` says which tiles a picture is made of, see gaze.py
+# frames of a film: a panel per scale in a row, labels above; `view` says which tiles a picture is made of, see show.py
 
 STRIP, GAP, NARROW = 26, 4, 150  # pixels: height of the labels, distance of the panels, room for a label at least
 FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf"))

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_grpo  # noqa: E402
-from model import one_clip  # noqa: E402
+from gazing import one_clip  # noqa: E402
 
 original = train_grpo.roll_out
 

@@ -1,4 +1,5 @@
 """What users get wrong, one row each: what was done, the error, and the words it has to say (file or key, and why)."""
+import dataclasses
 import json
 import math
 import re
@@ -8,17 +9,17 @@ import pytest
 import torch
 from conftest import tiny_gaze, tiny_mae
 
-import common
 import data
 import eval as eval_
 import label
-import label_files
 import make_data
 import pipeline
 import train_grpo
 import train_ntp
 import train_videomae
 from data import VideoError
+from lib import labels as label_files
+from lib.checkpoint import save_state
 from model import Gaze
 from videomae import ReconstructionLoss, VideoMAE
 
@@ -160,7 +161,7 @@ def resume(folder, toy, *args, text=None):
     """Resume from a checkpoint with other settings, or from a damaged one."""
     (folder / "labels.json").write_text("{}")
     cfg = train_ntp.configurator.load(train_ntp.Config, [*SIZES], verbose=False)
-    common.save_state(folder / "last.pt", {"step": 1, "config": common.asdict(cfg)})
+    save_state(folder / "last.pt", {"step": 1, "config": dataclasses.asdict(cfg)})
     if text is not None:
         (folder / "last.pt").write_bytes(text)
     call(train_ntp, *SIZES, *args, "--init_from=resume", f"--root={toy}", f"--labels={folder / 'labels.json'}",
@@ -190,10 +191,10 @@ def other_scales(folder, toy):
 
 
 def disk_full(folder, toy):
-    common.save_state(folder / "last.pt", {"step": 7})
+    save_state(folder / "last.pt", {"step": 7})
     (folder / "last.pt.tmp").symlink_to("/dev/full")
     try:
-        common.save_state(folder / "last.pt", {"step": 8, "model": torch.zeros(100000)})
+        save_state(folder / "last.pt", {"step": 8, "model": torch.zeros(100000)})
     finally:
         assert torch.load(folder / "last.pt", weights_only=True) == {"step": 7} and len(list(folder.iterdir())) == 1
 

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import common
 import flops
+from gazing import random_gazing
 
 TINY = ["scales=16+32", "patch_size=8", "hidden_size=32", "num_layers=2", "num_heads=4", "intermediate_size=64",
         "num_multi_token_pred=3", "n_frames=4", "mae_hidden_size=32", "mae_num_hidden_layers=2",
@@ -72,7 +72,7 @@ def counted_by_torch(run):
 @pytest.mark.parametrize("frames", [[1], [0, 3]])
 def test_flops_of_the_reconstructor(frames):
     mae, n = tiny_mae().freeze(), [3, 1, 5, 2]
-    gazing = common.random_gazing(n, 1, 20)
+    gazing = random_gazing(n, 1, 20)
     sizes, c = n[:frames[-1] + 1], mae.config
     encoder, decoder = [1, *sizes], [1, *(20 if t in frames else k for t, k in enumerate(sizes))]
     unseen = sum(4 * dim * layers * (sum(blocks) ** 2 - flops.block_pairs(blocks)) for dim, layers, blocks in (
@@ -88,5 +88,5 @@ def test_flops_of_the_gaze_model():
     last = flops.stack(tokens, tokens * tokens, c.hidden_size, c.intermediate_size, 1, 3)
     unseen = 4 * c.hidden_size * c.num_layers * (tokens ** 2 - tokens * (tokens + 1) // 2)
     limit = flops.gaze(c, n) + unseen
-    got = counted_by_torch(lambda: gaze(normal_video(1), common.random_gazing(n, 1, 20)))
+    got = counted_by_torch(lambda: gaze(normal_video(1), random_gazing(n, 1, 20)))
     assert limit - last < got < 1.05 * limit

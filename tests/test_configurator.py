@@ -11,8 +11,8 @@ from typing import Literal
 
 import pytest
 
-import configurator
-from configurator import ConfigError
+from lib import configurator
+from lib.configurator import ConfigError
 
 
 @dataclass
@@ -164,7 +164,7 @@ from __future__ import annotations
 import sys
 import types
 from dataclasses import dataclass
-import configurator
+from lib import configurator
 
 @dataclass
 class Config:
@@ -183,7 +183,7 @@ if __name__ == "__main__":
     (["--lrr=1"], 2, [], ["error: unknown key 'lrr' (command line): did you mean lr?"]),
 ])
 def test_script(tmp_path, monkeypatch, argv, code, out, err):
-    monkeypatch.setenv("PYTHONPATH", str(Path(configurator.__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(configurator.__file__).parent.parent))
     monkeypatch.delenv("RANK", raising=False)
     path = write(tmp_path / "toy.py", SCRIPT)
     run = subprocess.run([sys.executable, path, *argv], capture_output=True, text=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-import label_files
+import lib.labels as label_files
 import make_data
 
 

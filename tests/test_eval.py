@@ -85,7 +85,7 @@ def test_motion_and_detail_under_gazes():
 
 def test_random_gazes_of_noise_score_one():
     video = normal_video(64, 3)
-    gazing = ev.common.random_gazing([5, 5, 5], 64, 20, torch.Generator().manual_seed(0))
+    gazing = ev.random_gazing([5, 5, 5], 64, 20, torch.Generator().manual_seed(0))
     for x in (ev.changes(video), ev.details(video)):
         sums = ev.under_gazes(gazing, ev.per_patch(x, C), C)
         assert [ev.over_mean(*row) for row in sums.tolist()] == pytest.approx([1, 1], abs=0.02)

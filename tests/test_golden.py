@@ -11,11 +11,11 @@ from conftest import tiny_mae
 from safetensors.torch import load_file
 
 from data import collate_gaze
+from lib.weights import published_name
 from model import Gaze
 from train_grpo import discounted_advantages, grpo_loss
 from train_ntp import ntp_loss
 from videomae import VideoMAE
-from weights import published_name
 
 GOLDEN = Path(__file__).parent / "golden"
 V = 20

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import normal_video, tiny_mae
 
-import common
 import label
 from data import collate_gaze
-from label_files import check_label, load_labels
-from model import join_frames
+from gazing import join_frames
+from lib import run as processes
+from lib.labels import check_label, load_labels
 from videomae import ReconstructionLoss
 
 ROOT = Path(__file__).parent.parent
@@ -221,9 +221,9 @@ def test_processes_share_the_work(job, tmp_path, monkeypatch):
         rank = int(threading.current_thread().name)
         time.sleep(0.5 * (rank == 0))
         return rank, 2, torch.device("cpu")
-    monkeypatch.setattr(common, "init_processes", init_processes)
-    monkeypatch.setattr(common, "barrier", lambda: meet.wait(60))
-    monkeypatch.setattr(common, "all_sum", lambda *values: values)
+    monkeypatch.setattr(processes, "init_processes", init_processes)
+    monkeypatch.setattr(processes, "barrier", lambda: meet.wait(60))
+    monkeypatch.setattr(processes, "all_sum", lambda *values: values)
     monkeypatch.setattr(sys, "argv", ["label.py", *args, f"--out={tmp_path / 'a.json'}"])
     threads = [threading.Thread(target=label.main, name=str(rank)) for rank in range(2)]
     for thread in threads:

@@ -11,8 +11,9 @@ from conftest import normal_video, tiny_gaze
 from safetensors.torch import load_file, save_file
 
 import model
-from attention import causal_attention
-from model import Gaze, GazeConfig, join_frames, split_frames
+from gazing import join_frames, split_frames
+from lib.attention import causal_attention
+from model import Gaze, GazeConfig
 
 V, T = 20, 4
 MIXED = torch.tensor([[9, 1, 4, 6], [2, 7, 1, 20], [5, 5, 3, 1]]) / V  # (B, T), rows of unequal length

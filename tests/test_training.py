@@ -17,14 +17,27 @@ import torch
 from conftest import normal_video, tiny_gaze
 from safetensors.torch import save_file
 
-import common
 import train_grpo
 import train_ntp
 import train_videomae
 import videomae
 from data import collate_gaze, normalize
-from label_files import pack_labels
-from model import Gaze, join_frames, split_frames
+from gazing import (
+    draw_ratio,
+    join_frames,
+    last_slots,
+    parse_alpha,
+    random_gazing,
+    split_frames,
+    split_ratio,
+    to_budgets,
+)
+from lib import run as processes
+from lib.labels import pack_labels
+from lib.loader import Feed, StepSampler, divide_batch, shard
+from lib.log import Log, check_finite
+from lib.optim import exponential, learning_rate
+from model import Gaze
 from train_grpo import discounted_advantages, grpo_loss
 from train_ntp import label_loss, ntp_loss
 from videomae import VideoMAE
@@ -140,7 +153,7 @@ def clips_per_step(n, batch_size, world, micro, start=0, total=9, seed=3):
     """Sorted clips of every step, over all ranks."""
     steps = [[] for _ in range(start, total)]
     for rank in range(world):
-        sampler = common.StepSampler(n, batch_size, rank, world, micro, seed, start, total)
+        sampler = StepSampler(n, batch_size, rank, world, micro, seed, start, total)
         batches = list(sampler)
         assert len(batches) == len(sampler) == (total - start) * sampler.n_micro
         assert max(map(len, batches)) <= (micro or batch_size)
@@ -157,7 +170,7 @@ def test_clips_of_a_step(n, batch_size):
         assert clips_per_step(n, batch_size, world, micro) == whole
         assert clips_per_step(n, batch_size, world, micro, start=4) == whole[4:]
     assert n < batch_size or clips_per_step(n, batch_size, 1, 0, seed=4) != whole
-    sampler = common.StepSampler(n, batch_size, 0, 1, 0, 3, 0, 9)
+    sampler = StepSampler(n, batch_size, 0, 1, 0, 3, 0, 9)
     stream = [i for batch in sampler for i in batch]
     assert [i // n for i in stream] == sorted(i // n for i in stream), "an item says its epoch"
     stream = [i % n for i in stream]
@@ -170,7 +183,7 @@ def test_clips_of_a_step(n, batch_size):
 def test_a_batch_that_does_not_divide_is_adjusted_with_one_warning(batch_size, world, taken):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert [common.divide_batch(batch_size, rank, world) for rank in range(world)] == [taken] * world
+        assert [divide_batch(batch_size, rank, world) for rank in range(world)] == [taken] * world
     assert [f"batch_size={batch_size} " in str(w.message) for w in said] == [True] * (taken != batch_size)
 
 
@@ -178,16 +191,16 @@ def test_a_batch_that_does_not_divide_is_adjusted_with_one_warning(batch_size, w
     (0, "12 clips x 1 micro-batches"), (4, "4 clips x 3 micro-batches"), (9, "6 clips x 2 micro-batches"),
     (5, "4 clips x 3 micro-batches"), (50, "12 clips x 1 micro-batches"), (8, "6 clips x 2 micro-batches")])
 def test_micro_batches_are_as_equal_as_can_be(micro, arithmetic):
-    sampler = common.StepSampler(50, 24, 1, 2, micro, 0, 0, 2)
+    sampler = StepSampler(50, 24, 1, 2, micro, 0, 0, 2)
     assert sampler.arithmetic == f"batch 24 = {arithmetic} x 2 processes"
-    uneven = common.StepSampler(50, 7, 0, 1, 3, 0, 0, 1)
+    uneven = StepSampler(50, 7, 0, 1, 3, 0, 0, 1)
     assert uneven.arithmetic == "batch 7 = (3 + 3 + 1) clips in 3 micro-batches x 1 processes"
     assert [len(batch) for batch in uneven] == [3, 3, 1]
 
 
 @pytest.mark.parametrize("n, world", [(10, 1), (10, 3), (2, 4), (9, 2)])
 def test_shards_cover_everything_once(n, world):
-    shards = [common.shard(n, rank, world, 3) for rank in range(world)]
+    shards = [shard(n, rank, world, 3) for rank in range(world)]
     assert sorted(i for s in shards for batch in s for i in batch) == list(range(n))
     assert all(1 <= len(batch) <= 3 for s in shards for batch in s)
 
@@ -195,7 +208,7 @@ def test_shards_cover_everything_once(n, world):
 @pytest.mark.parametrize("kind, mean", [("fixed", 0.3), ("uniform", 0.11), ("exponential", None)])
 def test_draw_ratio(kind, mean):
     low, high, rate, g = 0.02, 0.2, 10.0, torch.Generator().manual_seed(0)
-    draws = torch.tensor([common.draw_ratio(kind, 0.3, low, high, rate, g) for _ in range(2000)])
+    draws = torch.tensor([draw_ratio(kind, 0.3, low, high, rate, g) for _ in range(2000)])
     if kind == "fixed":
         assert (draws == 0.3).all()
         return
@@ -208,32 +221,32 @@ def test_draw_ratio(kind, mean):
 
 def test_split_ratio():
     g = torch.Generator().manual_seed(0)
-    assert common.split_ratio("uniform", 0.3, 4, "10,3", g).tolist() == [0.3] * 4
+    assert split_ratio("uniform", 0.3, 4, "10,3", g).tolist() == [0.3] * 4
     shares = torch.tensor([10, 3, 3, 3]) / 19 * 4
-    assert common.split_ratio("mean", 0.1, 4, "10,3", None).tolist() == pytest.approx((shares * 0.1).tolist())
-    draws = torch.stack([common.split_ratio("dirichlet", 0.1, 4, "10,3", g) for _ in range(2000)])
+    assert split_ratio("mean", 0.1, 4, "10,3", None).tolist() == pytest.approx((shares * 0.1).tolist())
+    draws = torch.stack([split_ratio("dirichlet", 0.1, 4, "10,3", g) for _ in range(2000)])
     assert draws.sum(1).tolist() == pytest.approx([0.4] * 2000) and draws.min() > 0
     assert draws.mean(0).tolist() == pytest.approx((shares * 0.1).tolist(), rel=0.05)
     # variance of a Dirichlet's share: a (A - a) / (A² (A + 1))
     assert draws[:, 0].var().item() == pytest.approx(0.4 ** 2 * 10 * 9 / (19 ** 2 * 20), rel=0.15)
-    full = common.split_ratio("mean", 0.9, 4, "10,3", None)
+    full = split_ratio("mean", 0.9, 4, "10,3", None)
     assert full.tolist() == pytest.approx([1, *(shares * 0.9)[1:].tolist()]), "a frame has no more than all patches"
-    a, b = (common.split_ratio("dirichlet", 0.1, 4, "5", torch.Generator().manual_seed(7)) for _ in range(2))
+    a, b = (split_ratio("dirichlet", 0.1, 4, "5", torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("alpha, n_frames", [("1,2,3", 2), ("0,1", 4), ("-1", 4)])
 def test_bad_alpha(alpha, n_frames):
     with pytest.raises(ValueError, match="alpha"):
-        common.parse_alpha(alpha, n_frames)
+        parse_alpha(alpha, n_frames)
 
 
 def test_budgets_follow_the_rule_of_generate(gaze):
     ratios = [0.0, 0.049, 0.05, 3 / 20, 0.1499, 7 / 20, 0.999, 1.0]
     stream = gaze.stream(gazing_ratio=ratios)
-    assert common.to_budgets(ratios, V) == [1, 1, 1, 3, 2, 7, 19, 20]
+    assert to_budgets(ratios, V) == [1, 1, 1, 3, 2, 7, 19, 20]
     assert [int(stream.budget(t)) for t in range(len(ratios))] == [1, 1, 1, 3, 2, 7, 19, 20]
-    gazing = common.random_gazing([3, 20, 1], 5, V, torch.Generator().manual_seed(0))
+    gazing = random_gazing([3, 20, 1], 5, V, torch.Generator().manual_seed(0))
     for t, (ids, padded) in enumerate(split_frames(gazing)):
         assert not padded.any() and (ids // V == t).all() and all(len(set(r)) == len(r) for r in ids.tolist())
 
@@ -241,23 +254,23 @@ def test_budgets_follow_the_rule_of_generate(gaze):
 def test_last_slots():
     frames = [(torch.zeros(2, n, dtype=torch.long), torch.tensor(pad, dtype=torch.bool))
               for n, pad in [(3, [[0, 0, 0], [0, 1, 1]]), (1, [[0], [0]]), (2, [[0, 1], [0, 0]])]]
-    assert common.last_slots(join_frames(frames)).tolist() == [[2, 3, 4], [0, 3, 5]]
+    assert last_slots(join_frames(frames)).tolist() == [[2, 3, 4], [0, 3, 5]]
 
 
 def test_schedules():
     def lr(kind, *steps):
-        return [common.learning_rate(kind, step, 100, 1.0, 0.1, 0.2) for step in steps]
+        return [learning_rate(kind, step, 100, 1.0, 0.1, 0.2) for step in steps]
     assert lr("constant", 0, 50, 100) == [1.0] * 3
     assert lr("linear", 0, 50, 100) == pytest.approx([1.0, 0.55, 0.1])
     assert lr("linear_w_warmup", 0, 9, 19, 20, 60, 100) == pytest.approx([0.05, 0.5, 1.0, 1.0, 0.55, 0.1])
-    assert common.learning_rate("linear_w_warmup", 0, 3, 1.0, 0.0, 0.1) == 1.0, "no step to warm up in"
-    assert [common.exponential(s, 10, 3, 0.03) for s in (0, 5, 10)] == pytest.approx([3, 0.3, 0.03])
+    assert learning_rate("linear_w_warmup", 0, 3, 1.0, 0.0, 0.1) == 1.0, "no step to warm up in"
+    assert [exponential(s, 10, 3, 0.03) for s in (0, 5, 10)] == pytest.approx([3, 0.3, 0.03])
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(loss):
     with pytest.raises(FloatingPointError, match="step 7.*a/b/c.mp4"):
-        common.check_finite(loss, 7, ["a/b/c.mp4"])
+        check_finite(loss, 7, ["a/b/c.mp4"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -436,7 +449,7 @@ def run(stages, toy, tmp_path, monkeypatch):
     `die` is called: by default it raises, as if killed."""
     files = {train_videomae: [], train_ntp: [f"--labels={stages / 'labels.json'}", f"--videomae={stages / 'mae'}"],
              train_grpo: [f"--init_from={stages / 'ntp'}", f"--videomae={stages / 'mae'}"]}
-    fetch = common.Feed.__next__
+    fetch = Feed.__next__
 
     def killed():
         raise KeyboardInterrupt
@@ -449,7 +462,7 @@ def run(stages, toy, tmp_path, monkeypatch):
             if die_at is not None and len(fetched) == 2 * die_at + 2:
                 die()
             return fetch(feed)
-        monkeypatch.setattr(common.Feed, "__next__", fetch_or_die)
+        monkeypatch.setattr(Feed, "__next__", fetch_or_die)
         argv = ["script", *files[script], *args, f"--root={toy}", f"--out_dir={tmp_path / folder}"]
         monkeypatch.setattr(sys, "argv", argv)
         torch.manual_seed(12345)
@@ -644,7 +657,7 @@ def test_wandb_mirrors_the_metrics(tmp_path, monkeypatch):
                                  log=lambda row, step: logged.append((step, row)))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     cfg = train_grpo.Config(out_dir=str(tmp_path / "run"), wandb="project")
-    common.Log(cfg, 0, 1, torch.device("cpu"), []).write(3, reward=0.5, per_scale=[0.25, 0.75])
+    Log(cfg, 0, 1, torch.device("cpu"), []).write(3, reward=0.5, per_scale=[0.25, 0.75])
     assert logged[0]["project"] == "project" and logged[0]["config"]["gamma"] == 0.995
     step, row = logged[1]
     assert step == 3 and row["reward"] == 0.5 and row["per_scale/1"] == 0.75 and "per_scale" not in row
@@ -662,7 +675,8 @@ class Alone:
 
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("script, args, draw", [
-    (train_videomae, MAE, (common, "random_gazing")), (train_grpo, [*GRPO, "--split=mean"], (train_grpo, "roll_out"))])
+    (train_videomae, MAE, (train_videomae, "random_gazing")),
+    (train_grpo, [*GRPO, "--split=mean"], (train_grpo, "roll_out"))])
 def test_every_process_draws_for_itself(run, monkeypatch, script, args, draw, resumed):
     """Random gazes and rollouts must differ between processes, or more of them add nothing but repetition."""
     states, original = [[], []], getattr(*draw)
@@ -674,8 +688,8 @@ def test_every_process_draws_for_itself(run, monkeypatch, script, args, draw, re
                 states[rank].append(torch.get_rng_state().numpy().tobytes())
             return original(*args)
         monkeypatch.setattr(*draw, record)
-        monkeypatch.setattr(common, "DistributedDataParallel", Alone)
-        monkeypatch.setattr(common, "init_processes", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
+        monkeypatch.setattr(processes, "DistributedDataParallel", Alone)
+        monkeypatch.setattr(processes, "init_processes", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
         run(script, [*args, "--init_from=resume"] if resumed else args, "out")
     assert len(states[0]) == len(states[1]) > 1
     assert not set(states[0]) & set(states[1]), "some draws are the same"

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from conftest import normal_video, tiny_mae
 from safetensors.torch import load_file, save_file
 
-import attention
-import common
+import lib.attention as attention
+import lib.weights as weights
 import videomae
-import weights
+from gazing import random_gazing
 from videomae import ReconstructionLoss, VideoMAE, VideoMAEConfig
 
 V, T = 20, 4
@@ -19,7 +19,7 @@ close = torch.testing.assert_close
 
 def padded_gazing(n_clips, seed=0):
     """Random gazes of 5, 3, 4 and 2 slots. Some slots are padded, all of frame 1 of clip 1."""
-    gazing = common.random_gazing([5, 3, 4, 2], n_clips, V, torch.Generator().manual_seed(seed))
+    gazing = random_gazing([5, 3, 4, 2], n_clips, V, torch.Generator().manual_seed(seed))
     padded = torch.zeros_like(gazing["gazing_pos"], dtype=torch.bool)
     padded[0, 3:5] = padded[1, 5:8] = padded[-1, 11] = True
     return gazing | {"if_padded_gazing": padded}
@@ -57,7 +57,7 @@ def test_cut_off_frames(mae, video):
 
 def test_ungazed_pixels_are_not_seen(mae, video):
     """All gazes are of the finest scale: pixels outside these patches must not reach the picture, only the loss."""
-    gazing = common.random_gazing([3] * T, 3, 16, torch.Generator().manual_seed(0))
+    gazing = random_gazing([3] * T, 3, 16, torch.Generator().manual_seed(0))
     frame = torch.arange(T).repeat_interleave(3)
     ids = gazing["gazing_pos"] - 16 * frame
     gazing["gazing_pos"] = ids + 4 + V * frame
@@ -247,7 +247,7 @@ def test_networks_that_are_not_there(tmp_path, networks):
 
 def test_overfits_one_batch():
     mae, video = tiny_mae(), F.interpolate(normal_video(2, side=4).flatten(0, 1), 32).unflatten(0, (2, T))
-    gazing = common.random_gazing([8, 4, 4, 4], 2, V, torch.Generator().manual_seed(0))
+    gazing = random_gazing([8, 4, 4, 4], 2, V, torch.Generator().manual_seed(0))
     optimizer, losses = torch.optim.Adam(mae.parameters(), lr=5e-3), []
     for _ in range(60):
         loss = mae(video, gazing, [0, 3])[1].mean()

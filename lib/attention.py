@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from linear import linear, usable
+from lib.cpu import linear, usable
 
 FEW = 4e6  # multiplications per head; below, F.scaled_dot_product_attention is quicker
 

@@ -4,7 +4,6 @@ model.py, videomae.py and vit.py load and save through here; what the models com
 """
 import json
 import os
-import re
 import zipfile
 from pathlib import Path
 
@@ -72,28 +71,6 @@ def assign(module, tensors, source, name=lambda n: n):
 # configs
 
 
-class Grids:
-    """What follows from `scales` and `patch_size` of a model's config."""
-
-    @property
-    def scale_list(self):
-        return [int(s) for s in self.scales.split("+")]
-
-    @property
-    def ids_per_scale(self):
-        return [(s // self.patch_size) ** 2 for s in self.scale_list]
-
-    @property
-    def num_ids(self):  # V; also the id of the padding token
-        return sum(self.ids_per_scale)
-
-    def check_sizes(self):
-        """ValueError naming what no model can have: a size below 1, scales that are not cut into whole patches."""
-        for key, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
-        if not re.fullmatch(r"[0-9]+(\+[0-9]+)*", self.scales) or any(s % self.patch_size for s in self.scale_list):
-            raise ValueError(f"scales={self.scales!r} must be multiples of patch_size={self.patch_size}, joined by +")
 
 
 def read_config(path, build):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import normal_video, tiny_gaze
 from safetensors.torch import load_file
 
-from vit import ATTENTION, GazeViT
+from siglip import ATTENTION, GazeSigLIP
 
 GOLDEN = Path(__file__).parent / "golden"
 close = torch.testing.assert_close
@@ -25,7 +25,7 @@ def vit():
 
 
 def load(**settings):
-    return GazeViT.from_pretrained(GOLDEN / "gaze_vit", **settings).eval().requires_grad_(False)
+    return GazeSigLIP.from_pretrained(GOLDEN / "gaze_vit", **settings).eval().requires_grad_(False)
 
 
 def tiny_vit(image_size, patch_size, scales, **settings):
@@ -38,7 +38,7 @@ def tiny_vit(image_size, patch_size, scales, **settings):
         for p in network.parameters():
             if p.dim() > 1:
                 p *= 3
-    return GazeViT(network, scales, **settings).eval().requires_grad_(False)
+    return GazeSigLIP(network, scales, **settings).eval().requires_grad_(False)
 
 
 def random_gazing(V, n_real, seed=0):
@@ -110,7 +110,7 @@ def test_all_patches_of_an_image_are_plain_siglip():
     """One frame, one scale, everything gazed: transformers' own output, pooled one too."""
     from transformers import SiglipVisionModel
     network = SiglipVisionModel.from_pretrained(GOLDEN / "gaze_vit").eval()
-    vit, video = GazeViT(network, "32").requires_grad_(False), normal_video(2, 1)
+    vit, video = GazeSigLIP(network, "32").requires_grad_(False), normal_video(2, 1)
     gazing = dict(zip(TENSORS, (torch.arange(16).expand(2, -1), torch.zeros(2, 16, dtype=torch.bool),
                                 torch.tensor([16])), strict=True))
     plain, out = network(video[:, 0]), vit(video, gazing)
@@ -125,10 +125,10 @@ def test_whole_siglip_with_text(tmp_path, capsys):
     model = SiglipModel(SiglipConfig(text_config=sizes | dict(vocab_size=20, projection_size=16),
                                      vision_config=sizes | dict(image_size=32, patch_size=8))).eval()
     model.save_pretrained(tmp_path)
-    vit, video = GazeViT.from_pretrained(tmp_path, scales="16+32").requires_grad_(False), normal_video(1, 2)
+    vit, video = GazeSigLIP.from_pretrained(tmp_path, scales="16+32").requires_grad_(False), normal_video(1, 2)
     gazing = random_gazing(20, [[4, 3]])
     out = vit(video, gazing)
-    close(out, GazeViT(model.vision_model, "16+32")(video, gazing), rtol=0, atol=0)
+    close(out, GazeSigLIP(model.vision_model, "16+32")(video, gazing), rtol=0, atol=0)
     close(out, expected(vit, video, gazing), rtol=1e-4, atol=1e-5)
     assert "fetching" not in capsys.readouterr().out
 
@@ -265,21 +265,21 @@ def test_wrong_folders(tmp_path, monkeypatch, capsys):
     from transformers import SiglipVisionModel
     for name in (tmp_path, tmp_path / "none", "tests", "tests/none", "one", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="neither a folder"):
-            GazeViT.from_pretrained(name)
+            GazeSigLIP.from_pretrained(name)
     assert "fetching" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="is not a SigLIP"):
-        GazeViT.from_pretrained(GOLDEN / "model")
+        GazeSigLIP.from_pretrained(GOLDEN / "model")
     SiglipVisionModel(load().network.config).save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"scales"', '"something"'))
     with pytest.raises(ValueError, match="config.json has no scales"):
-        GazeViT.from_pretrained(tmp_path)
-    assert GazeViT.from_pretrained(tmp_path, scales="8+32").ids_per_scale == [1, 16]
+        GazeSigLIP.from_pretrained(tmp_path)
+    assert GazeSigLIP.from_pretrained(tmp_path, scales="8+32").ids_per_scale == [1, 16]
 
     def unreachable(*args, **kwargs):
         raise OSError("no network here")
     monkeypatch.setattr(SiglipVisionModel, "from_pretrained", unreachable)
     with pytest.raises(FileNotFoundError, match="hub id in reach"):
-        GazeViT.from_pretrained("google/siglip2-base-patch16-224")
+        GazeSigLIP.from_pretrained("google/siglip2-base-patch16-224")
     assert "fetching google/siglip2-base-patch16-224 from huggingface.co, unless cached; licence: Apache-2.0" in \
         capsys.readouterr().out

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from conftest import normal_video, tiny_gaze
 from torch.testing import assert_close as close
 
-import attention
-import linear
+import lib.attention as attention
+import lib.cpu as linear
 
 needs_onednn = pytest.mark.skipif(not linear.HERE, reason="a processor without AVX-512, or PyTorch without oneDNN")
 

@@ -11,6 +11,7 @@ names that start with _ are its own. A method check(self) of the class runs last
 """
 import ast
 import difflib
+import importlib.util
 import inspect
 import io
 import math
@@ -159,3 +160,57 @@ def read_comments(cls):
             comment = notes[node.end_lineno].string.lstrip("# ") if node.end_lineno in notes else ""
             found[node.target.id] = above, comment
     return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a script's check() may ask
+
+
+def check_at_least(cfg, **minimum):
+    """ValueError if a key is below its minimum; none is no value and passes."""
+    for key, least in minimum.items():
+        value = getattr(cfg, key)
+        if value is not None and value < least:
+            raise ValueError(f"{key}={value} must be at least {least}")
+
+
+def check_above_zero(cfg, *keys):
+    for key in keys:
+        value = getattr(cfg, key)
+        if value is not None and value <= 0:
+            raise ValueError(f"{key}={value} must be above 0")
+
+
+def check_share(cfg, *keys):
+    """ValueError unless each key holds a share in (0, 1], or several of them joined by commas."""
+    for key in keys:
+        value = getattr(cfg, key)
+        if not all(0 < v <= 1 for v in numbers(value)):
+            raise ValueError(f"{key}={value} must lie in (0, 1], it is a share")
+
+
+def check_fraction(cfg, *keys):
+    for key in keys:
+        value = getattr(cfg, key)
+        if not 0 <= value < 1:
+            raise ValueError(f"{key}={value} must lie in [0, 1)")
+
+
+def check_order(cfg, *pairs):
+    """ValueError if the first key of a pair is above the second."""
+    for low, high in pairs:
+        if getattr(cfg, low) > getattr(cfg, high):
+            raise ValueError(f"{low}={getattr(cfg, low)} is above {high}={getattr(cfg, high)}")
+
+
+def check_wandb(cfg):
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"wandb={cfg.wandb} needs the package: pip install wandb, or --wandb=none")
+
+
+def numbers(text):
+    """Parse '10,3'. Anything else gives [nan], so that every range check fails."""
+    try:
+        return [float(v) for v in str(text).split(",")]
+    except ValueError:
+        return [math.nan]

@@ -1,4 +1,4 @@
-"""gaze.py from the command line, on a small random model and generated videos. GAZE_CLIPS=folder python -m pytest
+"""show.py from the command line, on a small random model and generated videos. GAZE_CLIPS=folder python -m pytest
 tests/test_gaze_cli.py also looks at the first video of that folder."""
 import contextlib
 import io
@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import gaze
+import show
 import viz
 from data import VIDEO_SUFFIXES, VideoError, normalize, read_frames
 from model import Gaze, GazeConfig
@@ -67,7 +67,7 @@ def write(path, n, height, width):
 
 
 def run(*args):
-    return subprocess.run([sys.executable, "gaze.py", "--device=cpu", *args], cwd=ROOT, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "show.py", "--device=cpu", *args], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -82,8 +82,8 @@ def look(folder, video, *args, as_script=False):
         assert done.returncode == 0, done.stderr
         text.write(done.stdout)
     else:
-        with mock.patch("sys.argv", ["gaze.py", "--device=cpu", *args]), contextlib.redirect_stdout(text):
-            gaze.main()
+        with mock.patch("sys.argv", ["show.py", "--device=cpu", *args]), contextlib.redirect_stdout(text):
+            show.main()
     assert (out / "sheet.png").stat().st_size > 1000
     assert sorted(os.listdir(out)) == ["gaze.json", "gaze.npz", "overlay.mp4", "sheet.png"]
     with av.open(str(out / "overlay.mp4")) as container:
@@ -194,9 +194,9 @@ def test_turned_phone_video(folder):
     ("--video=DIR/odd.mp4 --ckpt=DIR/model --live=true --start=9", "ended before the first frame to look at"),
 ])
 def test_mistakes(folder, args, message, capsys):
-    with mock.patch("sys.argv", ["gaze.py", "--device=cpu", *args.replace("DIR", str(folder)).split()]):
+    with mock.patch("sys.argv", ["show.py", "--device=cpu", *args.replace("DIR", str(folder)).split()]):
         with pytest.raises((FileNotFoundError, ValueError, VideoError, SystemExit)) as error:
-            gaze.main()
+            show.main()
     assert message in str(error.value) + capsys.readouterr().err
 
 
@@ -312,7 +312,7 @@ def test_live_from_a_pipe(folder, interrupt, monkeypatch):
             file.flush()
             done.wait(60 if interrupt else 0)
 
-    add = gaze.Output.add
+    add = show.Output.add
 
     def add_and_interrupt(self, *args):
         picture = add(self, *args)
@@ -320,7 +320,7 @@ def test_live_from_a_pipe(folder, interrupt, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return picture
 
-    monkeypatch.setattr(gaze.Output, "add", add_and_interrupt)
+    monkeypatch.setattr(show.Output, "add", add_and_interrupt)
     writer = threading.Thread(target=write_slowly)
     writer.start()
     npz, frames, _ = look(folder, pipe.name)
@@ -346,14 +346,14 @@ def test_standard_input(folder, name):
 
 def test_file_interrupted(folder, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    add = gaze.Output.add
+    add = show.Output.add
 
     def add_and_interrupt(self, *args):
         if self.n == 1:
             signal.raise_signal(signal.SIGINT)
         return add(self, *args)
 
-    monkeypatch.setattr(gaze.Output, "add", add_and_interrupt)
+    monkeypatch.setattr(show.Output, "add", add_and_interrupt)
     npz, frames, text = look(folder, "odd.mp4", "--batch_size=1")
     check(npz, frames, n=FRAMES, panels=3)  # the batch is finished
     assert "stopped after frame 3: 4 frames, not 10" in text

@@ -1,8 +1,8 @@
 """A SigLIP vision encoder that is fed with gazes: only the gazed patches of a video are embedded and encoded.
 
-    vit = GazeViT.from_pretrained("google/siglip2-base-patch16-224", scales="32+64+112+224")   # a folder or a hub id
-    out = gaze.generate(video, gazing_ratio=0.1)      # or target_scales=vit.scales, target_patch_size=vit.patch_size
-    features = vit(frames.float() / 127.5 - 1, out)   # (B, N, D), zeros in padded slots
+    siglip = GazeSigLIP.from_pretrained("google/siglip2-base-patch16-224", scales="32+64+112+224")  # or a folder
+    out = gaze.generate(video, gazing_ratio=0.1)   # of another size: target_scales=, target_patch_size= as siglip has
+    features = siglip(frames.float() / 127.5 - 1, out)   # (B, N, D), zeros in padded slots
     tokens = features[0][~out["if_padded_gazing"][0]]                    # what a language model would take of clip 0
 
 The weights are those of transformers' SiglipVisionModel. New is what surrounds them: patches of several scales, the
@@ -23,15 +23,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from attention import block_causal_attention, causal_attention
-from linear import linear, quicken
-from tiling import as_sides
-from weights import announce, is_hub_id
+from gazing import as_sides
+from lib.attention import block_causal_attention, causal_attention
+from lib.cpu import linear, quicken
+from lib.weights import announce, is_hub_id
 
 ATTENTION = ("block_causal", "causal", "bidirectional")
 
 
-class GazeViT(nn.Module):
+class GazeSigLIP(nn.Module):
     """network: a SiglipVisionModel of transformers. scales: sides in pixels at which it looks at each frame, in the
     order of the gaze's ids: "32+64+112+224", or a list of ints or (height, width) pairs. What a side has beyond whole
     patches is not seen, as in SigLIP itself.
@@ -105,7 +105,7 @@ class GazeViT(nn.Module):
             raise ValueError(
                 f"gazing_pos of clip {b}, frame {t} holds id {i} (less {self.num_ids} * frame), but a frame has ids 0.."
                 f"{self.num_ids - 1} at scales {self.scales}, patch {self.patch_size}: call generate() with "
-                "target_scales=vit.scales, target_patch_size=vit.patch_size")
+                "target_scales=siglip.scales, target_patch_size=siglip.patch_size")
         x = self.embed(pixels.flatten(0, 1), clip * T + frame, ids)  # (M, D)
 
         count = torch.stack([(~part).sum(1) for part in padded.split(n, dim=1)], dim=1).tolist()  # (B, T) real slots

@@ -1,9 +1,9 @@
 """Where does the model look in my video?
 
-    python gaze.py --video=my.mp4 --ckpt=out/toy/grpo --videomae=out/toy/videomae
-    python gaze.py --video=my.mp4 --gazing_ratio=0.05 --start=12 --max_frames=0     # from 12 s to the end
-    python gaze.py --video=my.mp4 --scale=1 --duration=60 --fps=2                   # whole frames at native size
-    python gaze.py --video=/dev/video0                                        # live; also a pipe (-: stdin), a URL
+    python show.py --video=my.mp4 --ckpt=out/toy/grpo --videomae=out/toy/videomae
+    python show.py --video=my.mp4 --gazing_ratio=0.05 --start=12 --max_frames=0     # from 12 s to the end
+    python show.py --video=my.mp4 --scale=1 --duration=60 --fps=2                   # whole frames at native size
+    python show.py --video=/dev/video0                                        # live; also a pipe (-: stdin), a URL
 
 Takes the centre square of the picture, or with --scale the whole picture, resized by it and laid out in tiles of the
 model's input size, the last ones padded with zeros. Cuts the video into chunks as long as the model's training clips
@@ -54,16 +54,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
-import configurator
 import model
 import source
 import viz
 from data import VideoError, decode
-from model import Gaze, one_clip
+from gazing import one_clip
+from lib import configurator, run
+from lib.weights import is_hub_id
+from model import Gaze
 from source import View
 from videomae import VideoMAE, check_fit
-from weights import is_hub_id
 
 
 @dataclass
@@ -348,7 +348,7 @@ def main():
         if round(cfg.start * rate) >= n_source:
             raise ValueError(f"start={cfg.start:g} lies beyond the end of {cfg.video}, {float(n_source / rate):.2f} s")
         wanted = list(picks(cfg, rate, n_source))
-    _, _, device = common.init_processes(cfg.device)
+    _, _, device = run.init_processes(cfg.device)
     gaze, mae = load_models(cfg, device)
     c, T, stop = gaze.config, gaze.config.max_num_frames, threading.Event()
     if not as_it_comes:
