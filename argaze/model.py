@@ -24,8 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import linear, quicken
-from weights import announce, assign, download, is_hub_id, read_config, read_tensors, save_folder
+from lib.cpu import linear, quicken
+from lib.weights import announce, assign, download, is_hub_id, read_config, read_tensors, save_folder
 
 DINOV3_S = "facebook/dinov3-vits16-pretrain-lvd1689m"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, what the encoders were trained with
