@@ -1,0 +1,370 @@
+"""
+Faces in .h5 files: which sets there are, how their files are read, how a picture becomes a normalised crop.
+
+    python -m unigaze.data check data/faces cross_xgaze               # what is there of a protocol, and check.png
+    python -m unigaze.data gazecapture GazeCapture.h5 data/faces/gazecapture_train_224       # one file per person
+    python -m unigaze.data eyediap sessions/ data/faces/eyediap_cs    # 1_A_CS_S.h5 ... -> person_1.h5 ...
+
+On disk: <root>/<folder of the set>/<subject>.h5, a folder may be a link. A file holds face_patch (n, S, S, 3) uint8,
+face_gaze and face_head_pose (n, 2), and more that nothing here needs.
+
+Signs, as published: a label is pitch and yaw in radians of MINUS the direction of sight in the normalised camera (x
+right, y down, z away). So pitch > 0 looks up, and yaw > 0 looks to the LEFT of the picture. README.md has a picture.
+
+Dimension key: n faces in a file, S side of a crop, H/W source size, N points, B batch.
+"""
+import math
+import os
+import random
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+COLUMNS = ("face_patch", "face_gaze", "face_head_pose")
+XGAZE_CAMERAS = 18    # consecutive rows of an XGaze file that are one frame
+MAX_OPEN = 128        # files kept open per worker; 1,179 subjects of GazeCapture would meet the system's limit
+MAX_FAILURES = 100    # so many unreadable faces in a row mean a broken disk or mount, not a few bad sectors
+
+
+class FaceError(Exception):
+    """A file that cannot be used as a subject's faces. The message names the file and what is wrong with it."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sets and protocols. FORK: a set of your own is one line in SETS, a comparison of your own one line in PROTOCOLS
+
+@dataclass(frozen=True)
+class Split:
+    folder: str                     # under the root
+    subjects: tuple | None = None   # names of the files without .h5; None: all in the folder
+    count: int | None = None        # subjects the published list has, where the folder decides
+    color: str = "bgr"              # order on disk; GazeCapture has rgb
+    views: int | None = None        # XGaze: so many random cameras of the 18 of each frame
+    frames: tuple | None = None     # XGaze: [first, last) frame of each subject
+    every: int = 1                  # rows 0, every, 2 every ... of each file
+    share: float = 1.0              # random share of each file's rows
+
+
+def numbered(pattern, numbers):
+    return tuple(pattern.format(i) for i in numbers)
+
+
+# the 80 subjects of XGaze with public labels; the published split cuts them at 82
+XGAZE = (0, 3, 4, 5, 6, 7, 8, 9, 10, 13, 14, 15, 16, 18, 19, 21, 24, 26, 27, 28, 29, 30, 31, 32, 33, 35, 36, 38, 39,
+         40, 41, 43, 44, 45, 46, 48, 50, 51, 52, 55, 56, 57, 58, 59, 60, 61, 62, 63, 65, 66, 67, 69, 72, 73, 75, 76,
+         78, 79, 80, 81, 83, 84, 85, 88, 90, 92, 95, 98, 99, 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 111)
+XGAZE_60 = numbered("subject{:04d}", XGAZE[:60])
+XGAZE_20 = numbered("subject{:04d}", XGAZE[60:])
+EYEDIAP_CS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, 16)   # nobody recorded persons 12 and 13 with a screen
+
+SETS = {
+    "xgaze_0_80sub": Split("xgaze_v2_224", XGAZE_60 + XGAZE_20, frames=(0, 1000)),
+    "xgaze_0_60sub": Split("xgaze_v2_224", XGAZE_60, frames=(0, 1000)),
+    "xgaze_60_80sub": Split("xgaze_v2_224", XGAZE_20, frames=(0, 1000)),
+    "xgaze_0_80sub_d3": Split("xgaze_v2_224", XGAZE_60 + XGAZE_20, frames=(0, 1000), views=3),
+    "xgaze_0_60sub_d3": Split("xgaze_v2_224", XGAZE_60, frames=(0, 1000), views=3),
+    "xgaze_60_80sub_d3": Split("xgaze_v2_224", XGAZE_20, frames=(0, 1000), views=3),
+    "mpiigaze": Split("mpii", numbered("p{:02d}", range(15))),
+    "mpiigaze_train": Split("mpii", numbered("p{:02d}", range(10))),
+    "mpiigaze_test": Split("mpii", numbered("p{:02d}", range(10, 15))),
+    "eyediap_cs": Split("eyediap_cs", numbered("person_{}", EYEDIAP_CS)),
+    "eyediap_cs_train": Split("eyediap_cs", numbered("person_{}", EYEDIAP_CS[:8])),
+    "eyediap_cs_test": Split("eyediap_cs", numbered("person_{}", EYEDIAP_CS[8:])),
+    "eyediap_ft": Split("eyediap_ft", numbered("person_{}", range(1, 17))),
+    "eyediap_ft_train": Split("eyediap_ft", numbered("person_{}", range(1, 9))),
+    "eyediap_ft_test": Split("eyediap_ft", numbered("person_{}", range(9, 17))),
+    "gaze360_train": Split("gaze360_224_train", count=230),
+    "gaze360_test": Split("gaze360_224_test", count=52),
+    "gazecapture_train": Split("gazecapture_train_224", count=1179, color="rgb"),
+    "gazecapture_test": Split("gazecapture_test", count=139, color="rgb"),
+    "gazecapture_train_ds15": Split("gazecapture_train_224", count=1179, color="rgb", every=15),
+    "gazecapture_test_ds15": Split("gazecapture_test", count=139, color="rgb", every=15),
+    # faces without labels, for pre-training
+    "vggface2": Split("vggface2_224", share=0.2),
+    "vfhq": Split("vfhq_224"),
+    "celebv": Split("celebv_224", every=3),
+    "sfhq_t2i": Split("sfhq_t2i_224"),
+    "facesyn": Split("facesyn_224"),
+    "ffhq_albedo_nv": Split("ffhq_albedo_nv_256"),
+    "xgaze_mvs_dense": Split("xgaze_mvs_dense_224", count=60),
+    # make_data.py
+    "toy_xgaze_train": Split("toy_xgaze", numbered("subject{:04d}", range(18))),
+    "toy_xgaze_test": Split("toy_xgaze", numbered("subject{:04d}", range(18, 24))),
+    "toy_mpii_train": Split("toy_mpii", numbered("p{:02d}", range(8))),
+    "toy_mpii_test": Split("toy_mpii", numbered("p{:02d}", range(8, 16))),
+}
+
+EYEDIAP = ("eyediap_cs", "eyediap_ft")
+HALVES = ("mpiigaze_test", "eyediap_cs_test", "eyediap_ft_test")
+FACES = ("vggface2", "vfhq", "celebv", "sfhq_t2i", "facesyn", "ffhq_albedo_nv", "xgaze_mvs_dense")
+
+# name: (sets to train on, to validate on, to test on)
+PROTOCOLS = {
+    "cross_xgaze": (("xgaze_0_80sub_d3",), HALVES, ("gazecapture_test", "gaze360_test", "mpiigaze", *EYEDIAP)),
+    "cross_gazecapture": (("gazecapture_train_ds15", "gazecapture_test_ds15"), HALVES,
+                          ("xgaze_60_80sub_d3", "gaze360_test", "mpiigaze", *EYEDIAP)),
+    "cross_mpii": (("mpiigaze",), ("eyediap_cs_test", "eyediap_ft_test"),
+                   ("xgaze_60_80sub_d3", "gazecapture_test", "gaze360_test", *EYEDIAP)),
+    "cross_eyediap": (EYEDIAP, ("mpiigaze_test",),
+                      ("xgaze_60_80sub_d3", "gazecapture_test", "gaze360_test", "mpiigaze")),
+    "cross_gaze360": (("gaze360_train", "gaze360_test"), HALVES,
+                      ("xgaze_60_80sub_d3", "gazecapture_test", "mpiigaze", *EYEDIAP)),
+    "joint": (("xgaze_0_60sub_d3", "gazecapture_train_ds15", "mpiigaze_train", "eyediap_cs_train", "eyediap_ft_train",
+               "gaze360_train"), ("eyediap_cs_test", "eyediap_ft_test", "gaze360_test", "mpiigaze_test"),
+              ("xgaze_60_80sub", "gazecapture_test")),
+    "within_xgaze": (("xgaze_0_60sub_d3",), ("xgaze_60_80sub_d3",), ("xgaze_60_80sub",)),
+    "within_mpii": (("mpiigaze_train",), ("mpiigaze_test",), ("mpiigaze_test",)),
+    "within_gazecapture": (("gazecapture_train_ds15",), ("gazecapture_test_ds15",), ("gazecapture_test",)),
+    "within_gaze360": (("gaze360_train",), ("gaze360_test",), ("gaze360_test",)),
+    "within_eyediap": (("eyediap_cs_train", "eyediap_ft_train"), ("eyediap_cs_test", "eyediap_ft_test"),
+                       ("eyediap_cs_test", "eyediap_ft_test")),
+    "mae": (FACES, (), ()),
+    "toy": (("toy_xgaze_train",), ("toy_xgaze_test",), ("toy_mpii_test",)),
+    "toy_mae": (("toy_xgaze_train", "toy_mpii_train"), (), ()),
+}
+
+
+def protocol(name):
+    """{"train": names, "val": names, "test": names} of the sets in SETS that a protocol uses."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol={name}: there is none of that name, only {', '.join(PROTOCOLS)}")
+    train, val, test = PROTOCOLS[name]
+    if not train:
+        raise ValueError(f"protocol={name} has no set to train on: name one in PROTOCOLS of unigaze/data.py")
+    return {"train": train, "val": val, "test": test}
+
+
+def open_set(root, name, size=224, labelled=True, seed=0):
+    """The set `name` of SETS as Faces, from its folder under `root`."""
+    if name not in SETS:
+        raise ValueError(f"there is no set {name!r}, only {', '.join(SETS)}")
+    return Faces(Path(root, SETS[name].folder), SETS[name], name, size, labelled, seed)
+
+
+def open_sets(root, names, size=224, labelled=True, seed=0):
+    """Several sets as one, one after the other; every face counts the same, as published."""
+    if not names:
+        raise ValueError("no set to read: the protocol names none")
+    return Concat([open_set(root, name, size, labelled, seed) for name in names])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
+
+def list_subjects(folder, split, name):
+    """Paths of the split's files. FileNotFoundError names what is missing."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist: the set {name} is a folder of .h5 files there (or a link)")
+    there = sorted(path.stem for path in folder.glob("*.h5") if not path.name.startswith("."))
+    subjects = there if split.subjects is None else split.subjects
+    missing = sorted(set(subjects) - set(there))
+    if missing:
+        raise FileNotFoundError(f"{folder}: {len(missing)} of the {len(subjects)} subjects of {name} are missing: "
+                                f"{', '.join(f'{subject}.h5' for subject in missing[:5])}")
+    if not subjects:
+        raise FileNotFoundError(f"{folder}: there is no .h5 file for the set {name}")
+    if split.count and len(subjects) != split.count:
+        warnings.warn(f"{folder}: {len(subjects)} subjects, the published {name} has {split.count}", stacklevel=4)
+    return [folder / f"{subject}.h5" for subject in subjects]
+
+
+def open_file(path):
+    try:
+        return h5py.File(path, "r", locking=False)   # read only; network disks often know no locks
+    except OSError as error:
+        raise FaceError(f"{path}: cannot be opened as HDF5, perhaps it was cut off ({error})") from error
+
+
+def inspect_file(path, labelled):
+    """Number of faces in a file. FaceError if it holds none, or what no reader could use."""
+    with open_file(path) as file:
+        if "face_patch" not in file:
+            hint = "groups of persons: convert it, python -m unigaze.data gazecapture" if any(
+                isinstance(value, h5py.Group) for value in file.values()) else ", ".join(file) or "nothing"
+            raise FaceError(f"{path}: has no face_patch, only {hint}")
+        patch = file["face_patch"]
+        if patch.ndim != 4 or patch.shape[-1] != 3 or patch.shape[1] != patch.shape[2] or patch.dtype != np.uint8:
+            raise FaceError(f"{path}: face_patch is {patch.dtype} of shape {patch.shape}, not uint8 (n, S, S, 3)")
+        if labelled and "face_gaze" not in file:
+            raise FaceError(f"{path}: has no face_gaze, so there is nothing to train or test on")
+
+        for name in ("face_gaze", "face_head_pose"):
+            if name in file and file[name].shape != (len(patch), 2):
+                raise FaceError(f"{path}: {name} has shape {file[name].shape}, not ({len(patch)}, 2) as face_patch")
+        if labelled and len(patch):
+            rows = np.unique(np.linspace(0, len(patch) - 1, 32).astype(int))   # all would take minutes for XGaze
+            check_angles(file["face_gaze"][rows], path)
+        return len(patch)
+
+
+def check_angles(gaze, path):
+    """FaceError unless all of (..., 2) are pitch and yaw in radians."""
+    if not np.isfinite(gaze).all():
+        raise FaceError(f"{path}: face_gaze holds values that are not finite")
+    pitch, yaw = np.abs(gaze).reshape(-1, 2).max(axis=0)
+    if pitch > math.pi / 2 + 1e-3 or yaw > math.pi + 1e-3:
+        raise FaceError(f"{path}: face_gaze reaches {pitch:.2f}, {yaw:.2f}, beyond pitch (1.57) and yaw (3.14) in "
+                        "radians: are these degrees, or yaw before pitch?")
+
+
+class Faces(torch.utils.data.Dataset):
+    """Faces of one set. An item: {"image": (3, size, size) uint8 RGB; "gaze", "head": (2,) float32 pitch and yaw in
+    radians, NaN where the file has none (the published readers: 0); "key": "<set>/<subject>/<row>"; "set"; "path";
+    "subject": number of the file; "row" in the file; "index" as it was asked for; "unreadable": files passed over}.
+
+    folder: of the .h5 files. split: which of them, and how they are stored. labelled: raise FaceError, here and not
+    after hours, where a file has no gaze. Files are opened when a worker first reads them. Which faces are drawn
+    (views, share) depends on `seed` only. item index + epoch · len(self) is the same face: what a trainer draws for it
+    (a crop, a flip) can depend on "index" alone, so that a resumed run equals an uninterrupted one.
+    An unreadable face is replaced by the first of the next file, with a warning: never silently, never fatally.
+    """
+
+    def __init__(self, folder, split=None, name="faces", size=224, labelled=True, seed=0):
+        self.split = split or Split(str(folder))
+        self.name, self.size, self.labelled = name, size, labelled
+        self.paths = list_subjects(Path(folder), self.split, name)
+        generator = random.Random(seed)
+        rows = [choose_rows(inspect_file(path, labelled), self.split, generator) for path in self.paths]
+        self.files = np.repeat(np.arange(len(rows)), [len(r) for r in rows])   # which file each face is in
+        self.rows = np.concatenate(rows).astype(np.int64)                      # and its row there
+        if not len(self.rows):
+            raise FaceError(f"{folder}: the {len(self.paths)} files of {name} hold no faces to use")
+        self.open, self.process, self.warned = OrderedDict(), os.getpid(), set()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getstate__(self):
+        return self.__dict__ | {"open": OrderedDict()}       # an open file cannot travel to another process
+
+    def columns(self, number):
+        """The data sets of file `number`, open."""
+        if self.process != os.getpid():                      # a forked worker: what its parent opened is not its own
+            self.open, self.process = OrderedDict(), os.getpid()
+        if number not in self.open:
+            if len(self.open) >= MAX_OPEN:
+                self.open.popitem(last=False)[1]["face_patch"].file.close()
+            file = open_file(self.paths[number])
+            self.open[number] = {name: file[name] for name in COLUMNS if name in file}
+        self.open.move_to_end(number)
+        return self.open[number]
+
+    def read(self, number, row):
+        """Image, gaze and head pose of one row of file `number`."""
+        path = self.paths[number]
+        try:
+            columns = self.columns(number)
+            image = columns["face_patch"][row]                                 # (S, S, 3)
+            gaze = columns["face_gaze"][row] if "face_gaze" in columns else np.full(2, np.nan)
+            head = columns["face_head_pose"][row] if "face_head_pose" in columns else np.full(2, np.nan)
+        except (OSError, KeyError, RuntimeError) as error:                     # what h5py makes of damaged bytes
+            raise FaceError(f"{path}: face {row} cannot be read ({error})") from error
+        if self.labelled:
+            check_angles(gaze, path)
+        if self.split.color == "bgr":
+            image = image[..., ::-1]
+        return resize(image, self.size), gaze, head
+
+    def __getitem__(self, index):
+        i, unreadable = index % len(self), []
+        for _ in range(min(MAX_FAILURES, len(self))):
+            number, row = int(self.files[i]), int(self.rows[i])
+            try:
+                image, gaze, head = self.read(number, row)
+                break
+            except FaceError as error:
+                unreadable.append(str(self.paths[number]))
+                if self.paths[number] not in self.warned:
+                    self.warned.add(self.paths[number])
+                    warnings.warn(f"skipped, a face of the next file is used instead: {error}", stacklevel=2)
+                i = np.searchsorted(self.files, number, side="right") % len(self)
+        else:
+            raise FaceError(f"{len(unreadable)} faces in a row are unreadable, first in {unreadable[0]}")
+
+        return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+                "gaze": torch.from_numpy(gaze.astype(np.float32)), "head": torch.from_numpy(head.astype(np.float32)),
+                "key": f"{self.name}/{self.paths[number].stem}/{row}", "set": self.name,
+                "path": str(self.paths[number]), "subject": number, "row": row, "index": index,
+                "unreadable": unreadable}
+
+
+class Concat(torch.utils.data.Dataset):
+    """Several Faces one after the other. Index i + epoch · len(self) is face i, as in Faces."""
+
+    def __init__(self, sets):
+        self.sets = list(sets)
+        self.starts = np.cumsum([0] + [len(faces) for faces in self.sets])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, index):
+        i = index % len(self)
+        k = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.sets[k][int(i - self.starts[k])] | {"index": index}
+
+
+def choose_rows(n, split, generator):
+    """Rows of a file with n faces that a split uses, ascending."""
+    if split.views:
+        # published: three random cameras of each frame, an unfinished last frame left out
+        first, last = split.frames or (0, n)
+        frames = range(first, min(last, n // XGAZE_CAMERAS))
+        rows = [XGAZE_CAMERAS * t + camera for t in frames
+                for camera in sorted(generator.sample(range(XGAZE_CAMERAS), split.views))]
+    elif split.frames:
+        rows = range(XGAZE_CAMERAS * split.frames[0], min(n, XGAZE_CAMERAS * split.frames[1]))
+    else:
+        rows = range(n)
+    if split.share < 1:
+        rows = sorted(generator.sample(rows, round(split.share * len(rows))))
+    return np.array(rows, dtype=np.int64)[::split.every]
+
+
+def collate(items):
+    """Items of Faces -> one batch: image (B, 3, S, S) uint8, gaze and head (B, 2) float32, subject, row, index (B,)
+    int64, lists of key, set and path; unreadable files of all items in one list."""
+    batch = {name: [item[name] for item in items] for name in items[0]}
+    for name in ("image", "gaze", "head"):
+        batch[name] = torch.stack(batch[name])
+    for name in ("subject", "row", "index"):
+        batch[name] = torch.tensor(batch[name])
+    batch["unreadable"] = [path for paths in batch["unreadable"] for path in paths]
+    return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# resizing as the published readers do it
+
+def area_weights(n, m):
+    """(m, n) float32: OpenCV's INTER_AREA from n pixels to m along one axis. Each new pixel is the mean of those it
+    covers; when enlarging, a blend of the two it lies between."""
+    scale = 1 / (m / n)
+    start = np.arange(m)[:, None] * scale                                      # of each new pixel, in old ones
+    old = np.arange(n)[None]
+    if m <= n:
+        covered = np.minimum(start + scale, old + 1) - np.maximum(start, old)  # (m, n) overlap
+        covered = np.where(covered > 1e-3, covered.clip(0, 1), 0)
+        return (covered / np.minimum(scale, n - start)).astype(np.float32)
+    left = np.floor(start)
+    blend = np.arange(1, m + 1)[:, None] - (left + 1) / scale
+    blend = np.where(blend <= 0, 0, blend - np.floor(blend)).astype(np.float32)
+    right = np.minimum(left + 1, n - 1)
+    return ((old == left) * (1 - blend) + (old == right) * blend).astype(np.float32)
+
+
+def resize(image, size):
+    """(H, W, 3) uint8 -> (size, size, 3) uint8 as the published readers do: float32 means, then truncated, not rounded.
+    A crop that has the size already stays as it is."""
+    if image.shape[:2] == (size, size):
+        return image
+    rows = area_weights(image.shape[0], size)
+    columns = area_weights(image.shape[1], size)
+    small = np.einsum("hwc,xw->hxc", image.astype(np.float32), columns)        # OpenCV's order: truncation shows it
+    small = np.einsum("yh,hxc->yxc", rows, small)
+    return small.clip(0, 255).astype(np.uint8)

@@ -1,0 +1,285 @@
+"""
+Rendered toy faces in the published .h5 layouts, so that everything runs without a download.
+
+    python -m unigaze.make_data --out=data/toy_unigaze               # two sets, about half a minute on one core
+    python -m unigaze.data check data/toy_unigaze protocol=toy       # what is there, and a picture
+
+A face is an ellipsoid with hair, brows, nose, mouth and two eyeballs, cast ray by ray, so that head pose, gaze, lids
+and light are one geometry and labels are exact. It is seen as a normalised crop is: upright, at one distance.
+The two sets differ as real ones do, and a model that learnt one fails on the other unless it knows faces:
+    toy_xgaze   subject0000.h5 ...   XGaze's layout. A studio: all head poses, hard light, sharp, true colours.
+    toy_mpii    p00.h5 ...           MPIIFaceGaze's layout. Laptops: frontal heads, soft and dim light, blur, a tint,
+                                     busy backgrounds, lids that hang lower.
+
+Dimension key: N faces, S side of the crop, P rays = (2 S)^2.
+"""
+import json
+import math
+import multiprocessing
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from lib import configurator
+from tqdm import tqdm
+
+
+@dataclass
+class Config:
+    out: str = "data/toy_unigaze"  # a folder; toy_xgaze and toy_mpii are made in it
+    size: int = 48                 # side of a crop in pixels; the published files have 224
+    n_xgaze: int = 24              # subjects of toy_xgaze: the last quarter is for testing
+    n_mpii: int = 16               # subjects of toy_mpii: the first half is for pre-training without labels
+    n_faces: int = 108             # per subject; a multiple of 18, XGaze's cameras
+    seed: int = 0
+    n_workers: int = 2             # processes
+
+    def check(self):
+        configurator.check_at_least(self, size=16, n_xgaze=4, n_mpii=2, n_faces=18, seed=0, n_workers=1)
+        if self.n_faces % 18:
+            raise ValueError(f"n_faces={self.n_faces} must be a multiple of 18: a frame of XGaze has 18 cameras")
+
+
+ZOOM = 1.1  # half the side of a crop, in half widths of a head: eyes lie where published crops have them
+
+# What a set looks like: ranges of everything that is drawn per face or per subject. Angles in radians.
+STYLES = {
+    "toy_xgaze": dict(layout="xgaze", head=(0.45, 0.80), eye=(0.30, 0.40), ambient=(0.25, 0.45), exposure=(0.9, 1.1),
+                      blur=(0.0, 0.4), noise=2.0, tint=(1.0, 1.0, 1.0), tint_spread=0.03, busy=0.05, skin=(0.45, 1.0),
+                      lids=(0.75, 1.0)),
+    "toy_mpii": dict(layout="mpii", head=(0.25, 0.40), eye=(0.25, 0.35), ambient=(0.5, 0.75), exposure=(0.6, 1.0),
+                     blur=(0.4, 0.9), noise=4.0, tint=(1.08, 0.98, 0.80), tint_spread=0.10, busy=0.5, skin=(0.3, 0.9),
+                     lids=(0.55, 0.85)),
+}
+
+
+def rotation(angles):
+    """(N, 2) pitch, yaw of a head (the axis out of its back, as in the published labels) -> (N, 3, 3) with the head's
+    x, y and z axes as columns, in a camera with x right, y down, z forward; no roll, as after normalisation."""
+    pitch, yaw = angles[:, 0], angles[:, 1]
+    z = np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], axis=1)
+    x = np.stack([np.cos(yaw), np.zeros_like(yaw), -np.sin(yaw)], axis=1)
+    y = np.cross(z, x)
+    return np.stack([x, y, z], axis=2)
+
+
+def to_pitchyaw(v):  # (N, 3) -> (N, 2)
+    return np.stack([np.arcsin(v[:, 1].clip(-1, 1)), np.arctan2(v[:, 0], v[:, 2])], axis=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is drawn at random
+
+def draw_subject(rng, style):
+    """Shape and colours of one person; lengths in head widths."""
+    skin = np.array([224, 172, 138]) * rng.uniform(*style["skin"]) + rng.normal(0, 6, 3)
+    return {
+        "axes": np.array([1.0, rng.uniform(1.22, 1.42), rng.uniform(1.0, 1.15)]),
+        "skin": skin.clip(30, 250),
+        "hair": np.array([[30, 24, 20], [92, 58, 34], [176, 136, 76], [120, 118, 116]])[rng.integers(4)],
+        "hairline": rng.uniform(-0.85, -0.6),
+        "lips": skin * np.array([0.85, 0.55, 0.55]),
+        "iris": np.array([[54, 34, 20], [60, 92, 120], [70, 96, 60]])[rng.integers(3)],
+        "eye_x": rng.uniform(0.36, 0.44),
+        "eye_y": rng.uniform(-0.22, -0.10),
+        "eye_width": rng.uniform(0.24, 0.29),
+        "eye_radius": rng.uniform(0.27, 0.31),
+        "iris_angle": rng.uniform(0.44, 0.52),
+        "brow": rng.uniform(0.05, 0.09),
+        "nose": rng.uniform(0.85, 1.15),
+        "mouth_y": rng.uniform(0.62, 0.74),
+        "mouth_width": rng.uniform(0.26, 0.38),
+        "beard": rng.uniform(0.4, 0.8) if rng.random() < 0.25 else 1.0,
+    }
+
+
+def draw_views(rng, style, n):
+    """Head pose, gaze and light of n faces."""
+    head = rng.uniform(-1, 1, (n, 2)) * style["head"]
+    eye = rng.uniform(-1, 1, (n, 2)) * style["eye"]            # turn of the eyes in the head
+    rotations = rotation(head)                                 # (N, 3, 3)
+    in_head = rotation(eye)[:, :, 2]
+    gaze = np.einsum("nij,nj->ni", rotations, in_head)         # minus the direction of sight, in the camera
+    light = rng.normal(0, 1, (n, 3)) * [0.8, 0.5, 0.2] + [0, -0.5, -1]
+    return {
+        "head": head,
+        "gaze": to_pitchyaw(gaze),
+        "rotations": rotations,
+        "sight": -in_head,
+        "light": light / np.linalg.norm(light, axis=1, keepdims=True),
+        "ambient": rng.uniform(*style["ambient"], n),
+        "exposure": rng.uniform(*style["exposure"], n),
+        "tint": np.array(style["tint"]) + rng.normal(0, style["tint_spread"], (n, 3)),
+        "opening": rng.uniform(*style["lids"], n),
+        "blur": rng.uniform(*style["blur"], n),
+        "background": rng.uniform(20, 220, (n, 2, 3)),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rendering
+
+def hit_ellipsoid(origin, direction, centre, axes):
+    """Where rays meet an ellipsoid first. origin (P, 3), direction (3,) -> distance (P,), inf where they miss, and the
+    unit normals (P, 3) there, all in the head's frame."""
+    o = (origin - centre) / axes
+    d = direction / axes
+    a = d @ d
+    b = o @ d
+    root = b * b - a * ((o * o).sum(1) - 1)
+    t = np.where(root > 0, (-b - np.sqrt(root.clip(0))) / a, np.inf)
+    normal = (o + np.where(np.isfinite(t), t, 0)[:, None] * d) / axes
+    return t, normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-9)
+
+
+def paint_head(p, person):
+    """Colour (P, 3) of the head's surface at points p (P, 3): skin, hair, brows, lips, beard."""
+    x, y, z = p.T
+    color = np.repeat(person["skin"][None], len(p), axis=0)
+
+    chin = (y > person["mouth_y"] - 0.22) & (z < 0.2)
+    color[chin] *= person["beard"]
+    hair = (y < person["hairline"] + 0.25 * x * x) | (z > 0.25)
+    color[hair] = person["hair"]
+
+    brow_y = person["eye_y"] - 0.30 + 0.6 * (abs(x) - person["eye_x"]) ** 2
+    brow = (abs(y - brow_y) < person["brow"]) & (abs(abs(x) - person["eye_x"]) < 0.24) & (z < 0)
+    color[brow] = 0.7 * person["hair"] + 0.3 * color[brow]
+    lips = (x / person["mouth_width"]) ** 2 + ((y - person["mouth_y"]) / 0.09) ** 2 < 1
+    color[lips & (z < 0)] = person["lips"]
+    return color
+
+
+def render(person, views, i, style, rng, size):
+    """One face, (S, S, 3) uint8 RGB. Twice the resolution, averaged; rays are parallel."""
+    turn = views["rotations"][i]
+    grid = (np.arange(2 * size) + 0.5) / size - 1                      # -1..1 over the crop
+    y, x = np.meshgrid(grid * ZOOM, grid * ZOOM, indexing="ij")
+    centre = turn @ [0, 0.12, -0.9 * person["axes"][2]]                # between eyes and nose: the middle of a crop
+    origin = np.stack([x + centre[0], y + centre[1], np.full_like(x, -5)], axis=-1).reshape(-1, 3) @ turn
+    direction = turn[2]
+
+    # background: two colours, plain or in bars
+    share = 0.5 + 0.5 * np.sin(x * rng.uniform(1, 9) + y * rng.uniform(-6, 6)) * style["busy"] + 0.1 * y
+    first, second = views["background"][i]
+    color = (first + share.reshape(-1, 1) * (second - first)).clip(0, 255)
+
+    # head and nose, lit; whichever is in front
+    far, normal = hit_ellipsoid(origin, direction, np.zeros(3), person["axes"])
+    tip = np.array([0, 0.22, -person["axes"][2]])
+    near, nose_normal = hit_ellipsoid(origin, direction, tip, person["nose"] * np.array([0.13, 0.30, 0.22]))
+    hit = np.isfinite(far)
+    p = origin + np.where(hit, far, 0)[:, None] * direction
+    color[hit] = paint_head(p[hit], person)
+    nose = near < far
+    color[nose] = person["skin"]
+    normal[nose] = nose_normal[nose]
+    hit |= nose
+
+    # eyes: where the lids are open, the eyeball behind them shows
+    for side in (-1, 1):
+        u = (p[:, 0] - side * person["eye_x"]) / person["eye_width"]
+        v = (p[:, 1] - person["eye_y"]) / (0.62 * person["eye_width"] * views["opening"][i])
+        inside = (u * u + v * v < 1) & (p[:, 2] < 0) & hit & ~nose
+        front = person["axes"][2] * math.sqrt(1 - person["eye_x"] ** 2 - (person["eye_y"] / person["axes"][1]) ** 2)
+        centre = np.array([side * person["eye_x"], person["eye_y"], -front + 0.92 * person["eye_radius"]])
+        t, ball = hit_ellipsoid(origin[inside], direction, centre, person["eye_radius"])
+        angle = np.arccos((ball @ views["sight"][i]).clip(-1, 1))      # from the line of sight
+        eye = np.where((angle < person["iris_angle"])[:, None], person["iris"], [228, 224, 220])
+        eye = np.where((angle < 0.42 * person["iris_angle"])[:, None], [12, 10, 10], eye)
+        eye = eye * np.where(v[inside] < -0.55, 0.6, 1)[:, None]       # the shadow of the upper lid
+        color[inside] = np.where(np.isfinite(t)[:, None], eye, 0.5 * person["skin"])
+        normal[inside] = np.where(np.isfinite(t)[:, None], 0.5 * ball + 0.5 * normal[inside], normal[inside])
+
+    # light, colour of the light, blur, sensor
+    diffuse = (normal @ (turn.T @ views["light"][i])).clip(0)
+    shade = views["ambient"][i] + (1 - views["ambient"][i]) * diffuse
+    color = color * np.where(hit, shade, 1)[:, None] * views["exposure"][i] * views["tint"][i]
+    image = color.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
+    image = blur(image, views["blur"][i] * size / 48)
+    image = image + rng.normal(0, style["noise"], image.shape)
+    return image.round().clip(0, 255).astype(np.uint8)
+
+
+def blur(image, sigma):
+    """Gaussian, separable; sigma in pixels."""
+    if sigma < 0.1:
+        return image
+    reach = math.ceil(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    for axis in (0, 1):
+        padded = np.pad(image, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, len(kernel), axis=axis)
+        image = windows @ kernel
+    return image
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files
+
+def write_subject(job):
+    """One subject's file. Its faces depend on the set, the seed and the subject's number only."""
+    path, name, number, cfg = job
+    if path.exists():
+        return
+    style = STYLES[name]
+    rng = np.random.default_rng([cfg.seed, list(STYLES).index(name), number])
+    person = draw_subject(rng, style)
+    views = draw_views(rng, style, cfg.n_faces)
+    faces = [render(person, views, i, style, rng, cfg.size) for i in range(cfg.n_faces)]
+
+    columns = {
+        "face_patch": np.stack(faces)[..., ::-1],                      # BGR on disk, as published
+        "face_gaze": views["gaze"].astype(np.float32),
+        "face_head_pose": views["head"].astype(np.float32),
+        "face_mat_norm": np.repeat(np.eye(3, dtype=np.float32)[None], cfg.n_faces, axis=0),
+    }
+    if style["layout"] == "xgaze":
+        columns["frame_index"] = np.arange(cfg.n_faces) // 18
+        columns["cam_index"] = np.arange(cfg.n_faces) % 18 + 1
+    write_h5(path, columns)
+
+
+def write_h5(path, columns):
+    """Columns {name: array with a row per face} as the published files hold them: a chunk per row, lzf. The file
+    appears under its name when it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    with h5py.File(unfinished, "w") as file:
+        for name, values in columns.items():
+            row = values.shape[1:]
+            file.create_dataset(name, data=values, chunks=(1, *row), maxshape=(None, *row), compression="lzf")
+    os.replace(unfinished, path)
+
+
+def claim_folder(cfg):
+    """Note the settings in <out>/make_data.json. Two sets of settings in one folder would be a third set: refuse."""
+    note = Path(cfg.out, "make_data.json")
+    settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "n_workers")}
+    if note.exists() and json.loads(note.read_text()) != settings:
+        raise SystemExit(f"error: {cfg.out} holds faces made with other settings ({note}): delete it, or give "
+                         "another --out")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings, indent=1))
+
+
+def main():
+    cfg = configurator.parse(Config, sys.argv[1:])
+    claim_folder(cfg)
+    jobs = [(Path(cfg.out, "toy_xgaze", f"subject{i:04d}.h5"), "toy_xgaze", i, cfg) for i in range(cfg.n_xgaze)]
+    jobs += [(Path(cfg.out, "toy_mpii", f"p{i:02d}.h5"), "toy_mpii", i, cfg) for i in range(cfg.n_mpii)]
+
+    context = multiprocessing.get_context("spawn")                     # the same on every system
+    with context.Pool(cfg.n_workers) as pool:
+        for _ in tqdm(pool.imap_unordered(write_subject, jobs), total=len(jobs), desc="rendering subjects"):
+            pass
+    print(f"{cfg.out}: {len(jobs)} subjects, {cfg.n_faces} faces each, {cfg.size} pixels")
+
+
+if __name__ == "__main__":
+    main()
