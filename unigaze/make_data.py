@@ -23,8 +23,9 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from lib import configurator
 from tqdm import tqdm
+
+from lib import configurator
 
 
 @dataclass
