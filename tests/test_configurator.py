@@ -197,7 +197,7 @@ def test_option_table():
     import train_ntp
     import train_videomae
     scripts = {"N": train_ntp.Config, "G": train_grpo.Config, "V": train_videomae.Config}
-    root = Path(configurator.__file__).parent
+    root = Path(configurator.__file__).parent.parent
     rows = [line.split("|") for line in (root / "docs/options.md").read_text().splitlines() if line.startswith("|")]
     found = 0
     for cell in (row[2] for row in rows[2:]):
