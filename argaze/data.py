@@ -1,10 +1,5 @@
 """Gaze data in: EGTEA Gaze+, Ego4D and EgoExo4D as their owners distribute them, training clips out.
 
-    python -m argaze.data check --root=/data/egtea               # what is there, what is missing, in which form
-    python -m argaze.data labels --root=/data/ego4d              # raw gaze files -> one row per frame of every video
-    python -m argaze.data frames --root=/data/ego4d --frames=/data/ego4d_frames    # videos -> pictures, faster to read
-    python -m argaze.data check -h                               # every key with its default
-
 All three sets become the same thing. A video has a table (n, 3) with a row per frame: x, y in [0, 1] and a type. A clip
 is a stretch of a video; T of its frames are an item, together with their rows. Frame numbers count from the start of
 the whole video everywhere, also for clips that were cut out of it. The README says where each file comes from.
@@ -24,16 +19,13 @@ import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from data import VideoError, count_frames, decode
-from lib import configurator
 
 NAMES = {"egtea": "EGTEA Gaze+", "ego4d": "Ego4D", "egoexo4d": "EgoExo4D"}
 UNTRACKED = {"egtea": 0, "ego4d": 3, "egoexo4d": 0}  # the type of frames without a gaze point
@@ -112,7 +104,7 @@ def egtea_clips(root, split):
         video, _, name = fields[0].partition("/")
         found = re.search(r"-F(\d+)-F(\d+)\.mp4$", name)
         if not found:
-            raise ValueError(f"{path}, line {line}: {fields[0]!r} is no clip like video/video-0-830-F000001-F000021.mp4")
+            raise ValueError(f"{path}, line {line}: {fields[0]!r} is no clip like video/name-F000001-F000021.mp4")
         if name != ODD_CLIP:
             clips.append((video, name, [(int(found[1]) - 1, int(found[2]))]))
     return clips

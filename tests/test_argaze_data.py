@@ -1,0 +1,285 @@
+"""ARGaze's data: the three sets' own files (tests/golden/argaze_data, invented values), sampling, maps, bad input."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from argaze import data, make_data
+from data import VideoError
+
+GOLDEN = Path(__file__).parent / "golden" / "argaze_data"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+NUMBERS = json.loads((GOLDEN.parent / "argaze_tiny" / "numbers.json").read_text())
+EGO4D = "aaaaaaaa-0000-4000-8000-000000000001"
+
+
+@pytest.fixture(scope="session")
+def gaze_toy(tmp_path_factory):
+    """12 + 6 generated clips."""
+    root = tmp_path_factory.mktemp("argaze") / "toy"
+    make_data.make(make_data.Config(out=str(root), n_train=12, n_val=6, n_workers=0))
+    return root
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of the small files that a test may spoil."""
+    shutil.copytree(GOLDEN, tmp_path / "sets")
+    return tmp_path / "sets"
+
+
+# ---- what the published readers make of the files
+
+@pytest.mark.parametrize("video", ["OP99-R01-Toast", "P98-R02-Soup"])
+def test_both_begaze_exports_are_read_as_published(video):
+    expected = EXPECTED["egtea"][video]
+    table = data.egtea_gaze(GOLDEN / "egtea", video)
+    want = np.zeros((expected["n_rows"], 3), np.float32)
+    for row, values in expected["rows"].items():
+        want[int(row)] = values
+    np.testing.assert_array_equal(table, want)
+
+
+def test_egtea_clips_are_sampled_at_the_published_frames():
+    clips = data.egtea_clips(GOLDEN / "egtea", "test")
+    for (video, name, windows), want in zip(clips, EXPECTED["egtea"]["clips"], strict=True):
+        assert (video, name) == (want["video"], want["clip"])
+        assert data.sample_frames("egtea", windows[0], 8, 8).tolist() == want["eval_global_frames"]
+
+
+@pytest.mark.parametrize("case", NUMBERS["sampling_egtea"])
+def test_a_random_start_in_egtea_gives_the_published_frames(case):
+    first, end = case["F"][0] - 1, case["F"][1]
+    room = max(1e-9, end - first - 64)
+    frames = data.sample_frames("egtea", (first, end), 8, 8, case["start"] / room)
+    assert frames.tolist() == case["global_frame_and_label_row"]
+
+
+def test_ego4d_frame_labels_are_made_and_read_as_published():
+    raw = GOLDEN / "ego4d" / "gaze" / f"{EGO4D}.csv"
+    rows = data.label_ego4d(raw, EXPECTED["ego4d"]["video"]["frames"])
+    np.testing.assert_allclose(rows, EXPECTED["ego4d"]["frame_label"], atol=1e-12)
+    table = data.ego4d_gaze(GOLDEN / "ego4d", EGO4D)
+    np.testing.assert_allclose(table, np.array(rows)[:, 1:], atol=1e-7)
+
+
+def test_ego4d_clips_leave_out_what_touches_an_untracked_interval():
+    intervals = data.untracked_intervals(GOLDEN / "ego4d" / "ego4d_gaze_untracked.csv")
+    assert data.cut_ego4d(EGO4D, 47.3, intervals[EGO4D]) == EXPECTED["ego4d"]["clips_of_a_47_3_s_video"]
+
+
+def test_ego4d_windows_and_their_frames_are_the_published_ones():
+    clips = data.ego4d_clips(GOLDEN / "ego4d", "test")
+    windows = {name: [list(window) for window in places] for _, name, places in clips}
+    assert windows == EXPECTED["ego4d"]["windows"]
+    assert data.sample_frames("ego4d", (64, 128), 8, 8).tolist() == EXPECTED["ego4d"]["frames_of_window_64_128"]
+    drawn = NUMBERS["sampling_ego4d"][1]
+    share = drawn["train_start"] / (150 - 64)
+    assert data.sample_frames("ego4d", (150, 300), 8, 8, share).tolist() == drawn["frames"]
+
+
+@pytest.mark.parametrize("split", ["train", "test_iid"])
+def test_egoexo4d_windows_have_the_published_frames_times_and_gaze(split):
+    root = GOLDEN / "egoexo4d"
+    clips = data.egoexo4d_clips(root, split, 8)
+    assert len(clips) == len(EXPECTED["egoexo4d"][split])
+    for (take, _, windows, stride), want in zip(clips, EXPECTED["egoexo4d"][split], strict=True):
+        frames = data.sample_frames("egoexo4d", windows[0], 8, stride)
+        assert take == want["take"] and frames.tolist() == want["frame_numbers"]
+        assert data.frame_times(root, take, "aria01_214-1")[frames].tolist() == want["timestamps_ns"]
+
+        rows = data.fill_gaps(data.egoexo4d_gaze(root, take)[frames])
+        seen = rows[:, 2:] >= 0.5
+        np.testing.assert_array_equal(np.where(seen, rows, np.float32([0.5, 0.5, 0])),
+                                      np.float32(want["x_y_visible"]))
+
+
+def test_an_egoexo4d_row_that_is_too_short_gives_no_window():
+    assert data.egoexo4d_clips(GOLDEN / "egoexo4d", "val", 8) == EXPECTED["egoexo4d"]["val"] == []
+
+
+# ---- maps and crops
+
+@pytest.mark.parametrize("name, settings", [
+    ("egtea_sigma3", data.LABEL_MAPS["egtea"]), ("ego4d_sigma-1", data.LABEL_MAPS["ego4d"]),
+    ("egoexo4d_sigma3", data.LABEL_MAPS["egoexo4d"]), ("egoexo4d_sigma-1", dict(size=64, sigma=1.0, window=None))])
+def test_ground_truth_maps_are_the_published_ones(name, settings):
+    tensors = load_file(GOLDEN / "gt_metrics.safetensors")
+    for i, case in enumerate(NUMBERS["gt"]):
+        map_ = data.heatmaps(torch.tensor([case["x"], case["y"]], dtype=torch.float64), **settings)
+        want = case[name]
+        assert map_.sum().item() == pytest.approx(want["sum"], rel=1e-6)
+        assert map_.max().item() == pytest.approx(want["max"], rel=1e-6)
+        assert list(divmod(map_.argmax().item(), map_.shape[1])) == want["argmax_row_col"]
+        assert (map_ > 0.001).sum().item() == want["n_above_0_001"]
+        if settings["window"]:
+            assert (map_ > 0).sum().item() == want["n_nonzero"]
+        if f"gt.{name}.{i}" in tensors:
+            torch.testing.assert_close(map_, tensors[f"gt.{name}.{i}"], atol=1e-7, rtol=1e-5)
+
+
+def test_maps_of_a_batch_are_those_of_the_published_loaders():
+    tensors = load_file(GOLDEN.parent / "argaze_tiny" / "tensors.safetensors")
+    labels = tensors["labels"]
+    maps = data.heatmaps(labels[..., :2], 16, labels[..., 2] != 0)
+    torch.testing.assert_close(maps, tensors["gt"], atol=1e-7, rtol=1e-5)
+    maps = data.heatmaps(labels[..., :2], 18, window=None)
+    torch.testing.assert_close(maps, tensors["gt_peak1"], atol=1e-6, rtol=1e-5)
+
+
+def test_an_untracked_frame_has_a_uniform_map():
+    maps = data.heatmaps(torch.full((2, 2), 0.3), (4, 8), torch.tensor([True, False]))
+    torch.testing.assert_close(maps[1], torch.full((4, 8), 1 / 32))
+    assert maps[0].max() > maps[1].max()
+
+
+@pytest.mark.parametrize("case", NUMBERS["crop_eval"])
+def test_evaluation_takes_the_published_square(case):
+    height, width = case["image"]
+    ramp = np.broadcast_to(np.linspace(0, 255, width)[None, :, None], (height, width, 3)).astype(np.uint8)
+    points = torch.tensor(case["gaze"])
+    video, after = data.crop_square([ramp], points, torch.ones(len(points), dtype=torch.bool), 224)
+    assert video.shape == (1, 3, 224, 224)
+    torch.testing.assert_close(after, torch.tensor(case["gaze_after"]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", NUMBERS["crop_train"])
+def test_the_random_square_keeps_gaze_inside_as_published(case):
+    height, width = case["resized"]
+    for axis, size, name in ((0, width, "offset_range_x"), (1, height, "offset_range_y")):
+        gaze = [point[axis] * size for point in case["gaze"]]
+        assert data.crop_range(gaze, size, case["crop"]) == pytest.approx(case[name])
+
+
+def test_gaze_follows_the_crop_and_the_mirror():
+    """A picture with one bright cell at the gaze point still has it there after any augmentation."""
+    image = np.zeros((96, 128, 3), np.uint8)
+    image[30:34, 80:84] = 255
+    points = torch.tensor([[82 / 128, 32 / 96]])
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        video, after = data.crop_square([image], points, torch.tensor([True]), 64, generator)
+        y, x = torch.nonzero(video[0, 0] > 127).double().mean(0).tolist()
+        assert after[0].tolist() == pytest.approx([(x + 0.5) / 64, (y + 0.5) / 64], abs=0.015)
+
+
+# ---- the dataset
+
+def test_an_item_has_the_clip_and_its_gaze(gaze_toy):
+    clips = data.GazeClips("auto", gaze_toy, "test", size=64, stride=1)
+    batch = data.collate([clips[i] for i in range(len(clips))])
+    assert batch["video"].shape == (6, 8, 3, 64, 64) and batch["video"].dtype == torch.uint8
+    assert batch["points"].shape == (6, 8, 2) and batch["tracked"].shape == (6, 8)
+    assert batch["points"].min() >= 0 and batch["points"].max() <= 1 and batch["unreadable"] == []
+    assert (batch["points"][~batch["tracked"]] == 0.5).all() and batch["counted"].sum() <= batch["tracked"].sum()
+
+
+def test_a_draw_depends_on_seed_and_index_only(gaze_toy):
+    clips = data.GazeClips("ego4d", gaze_toy, "train", size=48, stride=1, augment=True, seed=3)
+    again = data.GazeClips("ego4d", gaze_toy, "train", size=48, stride=1, augment=True, seed=3, cache=True)
+    again[2]
+    for index in (5, 5 + len(clips), 5 + 2 * len(clips)):
+        assert torch.equal(clips[index]["video"], again[index]["video"])
+        assert torch.equal(clips[index]["points"], again[index]["points"])
+    assert not torch.equal(clips[5]["video"], clips[5 + len(clips)]["video"])
+
+
+def test_gaze_points_lie_on_the_object_that_was_touched(gaze_toy):
+    """All objects of a toy clip have one colour, which the pixel at the gaze point has in every frame."""
+    clips = data.GazeClips("ego4d", gaze_toy, "test", size=64, stride=1)
+    for item in (clips[i] for i in range(len(clips))):
+        x, y = (item["points"] * 64).long().clamp(max=63).T
+        colors = item["video"][torch.arange(8), :, y, x].float()[item["tracked"]]
+        assert (colors - colors.median(0).values).abs().mean(1).max() < 50
+
+
+def test_the_same_settings_make_the_same_clips(gaze_toy, tmp_path):
+    make_data.make(make_data.Config(out=str(tmp_path), n_train=2, n_val=1, n_workers=0))
+    name = "clips.gaze/train/train_t1_t2.mp4"
+    assert (tmp_path / name).read_bytes() == (gaze_toy / name).read_bytes()
+    with pytest.raises(ValueError, match="other settings"):
+        make_data.make(make_data.Config(out=str(tmp_path), n_train=2, n_val=1, n_objects=3))
+
+
+# ---- bad input
+
+def read(broken, dataset, split="test"):
+    return data.GazeClips(dataset, broken / dataset, split)
+
+
+def test_a_missing_list_is_named_and_explained(broken):
+    (broken / "egtea" / "test_gaze_official.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="test_gaze_official.csv is missing.*one clip a line"):
+        read(broken, "egtea")
+
+
+def test_videos_that_are_all_missing_are_an_error(broken):
+    with pytest.raises(FileNotFoundError, match="none of its 3 videos is there.*argaze.data check"):
+        read(broken, "egtea")
+
+
+def test_an_unknown_split_names_those_that_exist(broken):
+    with pytest.raises(ValueError, match="TEST_OOD_SITE; it has TEST_IID, TRAIN, VAL"):
+        read(broken, "egoexo4d", "test_ood_site")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("frame,x,y\n0,.5,.5\n", "no column gaze_type"), ("frame,x,y,gaze_type\n0,1.2,.5,0\n", "line 2: gaze .1.2, .5."),
+    ("frame,x,y,gaze_type\n0,nan,.5,0\n", "line 2: 'nan' is not a number"), ("frame,x,y,gaze_type\n", "no row")])
+def test_a_bad_frame_label_names_file_and_line(broken, text, message):
+    path = broken / "ego4d" / "gaze_frame_label" / f"{EGO4D}_frame_label.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        data.ego4d_gaze(broken / "ego4d", EGO4D)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("\t640.00\t", "\tNaN\t", "line 35: 'NaN' is not a number"), ("\t0\tFixation", "\tFixation", "line 35: 6 fields"),
+    ("## Number of Samples:", "## Samples:", "not a BeGaze export")])
+def test_a_bad_begaze_export_names_file_and_line(broken, old, new, message):
+    path = broken / "egtea" / "gaze_data" / "OP99-R01-Toast.txt"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message) as error:
+        data.egtea_gaze(broken / "egtea", "OP99-R01-Toast")
+    assert str(path) in str(error.value)
+
+
+def test_a_window_outside_of_its_clip_is_an_error(broken):
+    path = broken / "ego4d" / "test_ego4d_gaze_stride8.csv"
+    path.write_text(f"{EGO4D}/{EGO4D}_t0_t5.mp4,100,164\n")
+    with pytest.raises(ValueError, match="line 1: the window 100..164 is not part"):
+        data.ego4d_clips(broken / "ego4d", "test")
+
+
+@pytest.mark.parametrize("text, message", [("name,frame,x\n1,2,3\n", "a text file and no video"), (None, "missing")])
+def test_a_clip_that_is_no_video_is_replaced_with_a_warning(gaze_toy, tmp_path, text, message):
+    root = shutil.copytree(gaze_toy, tmp_path / "toy")
+    clips = data.GazeClips("ego4d", root, "test", size=64, stride=1)
+    bad = Path(clips[0]["path"])
+    bad.write_text(text) if text else bad.unlink()
+    with pytest.warns(UserWarning, match=f"the next clip is used instead.*{message}"):
+        item = clips[0]
+    assert item["unreadable"] == [str(bad)] and item["key"] == clips[1]["key"]
+
+
+def test_a_video_with_fewer_frames_than_its_label_is_named(gaze_toy):
+    clip = data.GazeClips("ego4d", gaze_toy, "test", size=64, stride=1).clips[0]
+    with pytest.raises(VideoError, match="has 8 frames, frame 40 is needed"):
+        data.read_frames(clip, clip.offset + np.array([0, 40]))
+
+
+def test_a_clip_shorter_than_the_window_is_announced(gaze_toy):
+    with pytest.warns(UserWarning, match="6 of 6 clips are shorter than 8 frames with stride 2"):
+        data.GazeClips("ego4d", gaze_toy, "test", size=64, stride=2)
+
+
+def test_a_set_without_any_tracked_frame_is_an_error(gaze_toy, tmp_path):
+    root = shutil.copytree(gaze_toy, tmp_path / "toy")
+    (root / "gaze_frame_label" / "test_frame_label.csv").write_text("frame,x,y,gaze_type\n0,0,0,3\n")
+    with pytest.raises(ValueError, match="gaze is tracked in no frame of its 6 clips"):
+        data.GazeClips("ego4d", root, "test", size=64, stride=1)
