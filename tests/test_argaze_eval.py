@@ -1,0 +1,75 @@
+"""ARGaze's evaluation: metrics against the published figures, sums, baselines, and the script as a user runs it."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from argaze import eval as gaze_eval
+from argaze.data import FIXATION
+from argaze.eval import Metrics, f1_score
+
+GOLDEN = Path(__file__).parent / "golden"
+NUMBERS = json.loads((GOLDEN / "argaze_tiny" / "numbers.json").read_text())["metrics"]
+NAMES = {"egtea": "egteagaze", "ego4d": "ego4dgaze", "egoexo4d": "Egoexo4dgaze"}
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(GOLDEN / "argaze_data" / "gt_metrics.safetensors")
+
+
+def measured(tensors, dataset):
+    metrics = Metrics(dataset)
+    counted = torch.tensor(NUMBERS["types"][NAMES[dataset]]) == FIXATION[dataset]
+    frames = metrics.add(tensors["metrics.logits"][:, 0].float(), tensors["metrics.xy"], counted)
+    return metrics, frames
+
+
+@pytest.mark.parametrize("dataset", NAMES)
+def test_metrics_are_the_published_ones(tensors, dataset):
+    metrics, _ = measured(tensors, dataset)
+    found, want = metrics.read(), NUMBERS[NAMES[dataset]]
+    for name, value in want["best"].items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+    assert found["n_frames"] == want["n_tracked"]
+    assert found["l2"] == pytest.approx(want["l2_argmax"], abs=1e-6)
+    assert found["l2_mean"] == pytest.approx(want["l2_expectation"], abs=1e-6)
+    assert found["angle"] == pytest.approx(want["aae_degrees"], abs=1e-4)
+    assert found["auc"] == pytest.approx(want["auc_predictions_resized_first"], abs=1e-3)
+
+
+@pytest.mark.parametrize("dataset", NAMES)
+def test_recall_and_precision_agree_at_every_threshold(tensors, dataset):
+    metrics, _ = measured(tensors, dataset)
+    want = NUMBERS[NAMES[dataset]]
+    means = {name: metrics.sums[name] / metrics.n_frames for name in ("recall", "precision")}
+    for name, values in means.items():
+        assert values.tolist() == pytest.approx(want[name], abs=1e-6), name
+    assert f1_score(**means).tolist() == pytest.approx(want["f1"], abs=1e-6)
+
+
+def test_a_set_in_parts_has_the_metrics_of_the_whole(tensors):
+    whole, _ = measured(tensors, "egtea")
+    parts = Metrics("egtea")
+    counted = torch.tensor(NUMBERS["types"]["egteagaze"]) == FIXATION["egtea"]
+    for b in range(2):
+        parts.add(tensors["metrics.logits"][b:b + 1, 0], tensors["metrics.xy"][b:b + 1], counted[b:b + 1])
+    assert parts.read() == pytest.approx(whole.read(), rel=1e-6)
+
+
+def test_a_set_without_counted_frames_has_no_metrics(tensors):
+    metrics = Metrics("egtea")
+    metrics.add(tensors["metrics.logits"][:, 0], tensors["metrics.xy"], torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no frame of the set has a gaze point"):
+        metrics.read()
+
+
+def test_a_perfect_prediction_is_near_the_best_scores(tensors):
+    points = torch.rand(1, 6, 2, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    truth = gaze_eval.heatmaps(points, 64, sigma=3.4)
+    metrics = Metrics("egtea")
+    metrics.add(2 * (truth + 1e-8).log(), points, torch.ones(1, 6, dtype=torch.bool))
+    found = metrics.read()
+    assert found["f1"] > 0.85 and found["l2"] < 0.03 and found["auc"] > 0.99 and found["angle"] < 2
