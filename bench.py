@@ -32,7 +32,7 @@ import torch.nn as nn
 import flops
 import make_data
 import train_grpo
-from data import normalize, read_frames, resize_crop
+from data import read_frames, resize_crop, to_model_pixels
 from gazing import random_gazing, split_frames, to_budgets
 from label import greedy
 from lib import configurator, run
@@ -341,7 +341,7 @@ def decode(s):
         make_data.write_video(path, make_data.render_clip(np.random.default_rng(s.cfg.seed), toy))
 
     def run(folder=folder):  # which lives as long as this function
-        return normalize(resize_crop(read_frames(path, s.T), s.R))
+        return to_model_pixels(resize_crop(read_frames(path, s.T), s.R))
     return run, None, nothing_more
 
 

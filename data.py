@@ -5,7 +5,7 @@ Videos in, training batches out: decoding, resizing, pixel normalisation, the cl
 
 On disk: <root>/train/*.mp4 and <root>/val/*.mp4, several roots joined by commas. A clip is the first `n_frames` frames
 (every `stride`-th), shortest side resized to R, cropped to R x R. Clips stay uint8 up to the training step, which calls
-`normalize` on its own device: a quarter of the bytes to ship, and nothing to undo for pictures.
+`to_model_pixels` on its own device: a quarter of the bytes to ship, and nothing to undo for pictures.
 
 Dimension key: B clips, T frames, H/W source size, R clip size, V patch ids per frame, N gaze slots of a clip.
 Against the published code: a corrupt video is replaced by the next one with a warning (there: a random other one,
@@ -182,16 +182,20 @@ def resize_crop(frames, size, crop="center", generator=None):
     return resize_center(frames, size)
 
 
-def normalize(x):
+def to_model_pixels(x):
     """Pixels 0..255 (uint8 or float, (..., 3, H, W)) -> float32 as the models expect them, on x's device."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return (x.float() / 127.5).sub_(1).sub_(mean).div_(std)  # in place: frames in tiles are large
 
 
-def denormalize(x):
-    """What `normalize` made -> pixels in [0, 1], clamped, for pictures."""
+def from_model_pixels(x):
+    """What `to_model_pixels` made -> pixels in [0, 1], clamped, for pictures."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return ((x.float() * std + mean + 1) / 2).clamp(0, 1)
+
+
+normalize = to_model_pixels  # the old names, until nobody uses them
+denormalize = from_model_pixels
 
 
 # ----------------------------------------------------------------------------------------------------------------------

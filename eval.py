@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import viz
 from codec import read_motion
-from data import Clips, count_frames, denormalize, normalize
+from data import Clips, count_frames, from_model_pixels, to_model_pixels
 from gazing import Tiling, from_lists, last_slots, one_clip, parse_alpha, random_gazing, split_ratio, to_budgets
 from label import greedy
 from lib import configurator, run
@@ -226,7 +226,7 @@ def batches(cfg, items, config, device, note):
         part, moved = items[i:i + size], None
         if "motion" in part[0]:
             moved = tiling.cut(torch.stack([x["motion"] for x in part]).unsqueeze(2).to(device)).squeeze(2)
-        yield i, tiling.cut(normalize(torch.stack([x["video"] for x in part]).to(device))), moved
+        yield i, tiling.cut(to_model_pixels(torch.stack([x["video"] for x in part]).to(device))), moved
 
 
 @torch.no_grad()
@@ -237,7 +237,7 @@ def measure(cfg, mae, models, items, ratio, device, n_greedy=0, vit=None):
     budgets = to_budgets(ratios, V)
     sums, first = {}, {}
     for b, (i, video, moved) in enumerate(batches(cfg, items, c, device, f"ratio {ratio:g}")):
-        pixels = denormalize(video)  # in [0, 1]
+        pixels = from_model_pixels(video)  # in [0, 1]
         motion, detail = per_patch(changes(pixels), c), per_patch(details(pixels), c)
         if vit:
             everything = from_lists([torch.arange(V).expand(len(video), -1)] * T, V, device)
@@ -245,7 +245,7 @@ def measure(cfg, mae, models, items, ratio, device, n_greedy=0, vit=None):
         gazings = choose(mae, models, video, moved, budgets, ratios, i < n_greedy, cfg.seed + b)
         for name, gazing in gazings.items():
             recon, loss = mae(video, gazing, range(T))
-            shown = denormalize(recon)
+            shown = from_model_pixels(recon)
             got = {"loss": loss, "psnr": psnr(shown, pixels), "ssim": ssim(shown, pixels),  # (B, T) each
                    "motion": under_gazes(gazing, motion, c).sum(0, keepdim=True),
                    "detail": under_gazes(gazing, detail, c).unsqueeze(0)}

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Clips, VideoError, check_names, normalize, video_key
+from data import Clips, VideoError, check_names, to_model_pixels, video_key
 from gazing import draw_ratio, parse_alpha, split_ratio, to_budgets
 from lib import configurator, run
 from lib.checkpoint import write_whole
@@ -211,7 +211,7 @@ def main():
         part.write("\n" + json.dumps({"settings": settings}) + "\n")  # the newline ends a line cut off by a kill
         for data, i in tqdm(mine, desc="labels", unit="clip", disable=rank > 0, mininterval=2):
             try:
-                video = normalize(data.read(data.paths[i]).to(device))
+                video = to_model_pixels(data.read(data.paths[i]).to(device))
             except VideoError as error:
                 warnings.warn(str(error), stacklevel=1)
                 n_bad += 1

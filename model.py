@@ -220,7 +220,7 @@ def take(x, index):  # rows of x (B, L, D) at index (B, M) -> (B, M, D)
 
 
 class Gaze(nn.Module):
-    """Encoder, decoder and two multi-token heads (paper, section 3.2). Pixels come normalised by data.normalize."""
+    """Encoder, decoder and two multi-token heads (paper, section 3.2). Pixels come from data.to_model_pixels."""
 
     def __init__(self, config):
         super().__init__()

@@ -213,7 +213,7 @@ def select_chunks(gaze, cfg, view, chunks, device):
     for at in range(0, len(rows), cfg.batch_size):
         part = rows[at:at + cfg.batch_size]
         video = torch.stack([torch.stack([tiles[j] for _, tiles, _ in full[b]]) for b, j in part])
-        video = view.normalize(video.to(device), [j for _, j in part])
+        video = view.to_model_pixels(video.to(device), [j for _, j in part])
         gazing = gaze.generate(video, cfg.gazing_ratio, cfg.task_loss_requirement)
         masks.append(gazing["gazing_mask"])
     return video, view.tiling.join([torch.cat(m) for m in zip(*masks, strict=True)]) if view.tiling else gazing
@@ -241,7 +241,7 @@ def run_file(cfg, view, wanted, gaze, mae, output, device, stop):
                 shown, pictures, one = output.n == cfg.sheet_chunk * T, [], one_clip(gazing, b)
                 losses += loss[b, :len(chunk)].tolist() if mae else []
                 for t, ((i, tiles, sharp), (pos, padded)) in enumerate(zip(chunk, model.split_frames(one))):  # noqa: B905
-                    pictures.append(output.add(i, sharp, view.normalize(tiles), pos[~padded] - V * t,
+                    pictures.append(output.add(i, sharp, view.to_model_pixels(tiles), pos[~padded] - V * t,
                                                [m[b, t] for m in masks],
                                                *((recon[b, t], float(loss[b, t])) if mae else ())))
                     pictures = pictures if shown else []
@@ -287,7 +287,7 @@ def run_live(cfg, gaze, device, stop):
         if output.n % c.max_num_frames == 0:
             streams = [gaze.stream(len(group), *settings) for group in groups]
         tiles, sharp = view.cut(image)
-        tiles = view.normalize(tiles)
+        tiles = view.to_model_pixels(tiles)
         parts = [stream.step(tiles[group].to(device)) for stream, group in zip(streams, groups, strict=True)]
         gazing = parts[0]
         if view.tiling:

@@ -87,7 +87,7 @@ class GazeSigLIP(nn.Module):
 
     def forward(self, pixels, gazing):
         """pixels (B, T, 3, H, W) of any size, as SigLIP takes them: 0..255 / 127.5 - 1, not normalised by
-        data.normalize. gazing: the dict of model.py, made for these scales and this patch size.
+        data.to_model_pixels. gazing: the dict of model.py, made for these scales and this patch size.
 
         Returns features (B, N, D) after the last norm, in the order of the gaze's slots; zeros in padded ones.
         ValueError: a real slot's id is none of its frame's (a gaze for other scales or patches); 8-bit pixels."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from data import VideoError, count_frames, normalize, quarter_turns, resize, resize_crop, video_stream
+from data import VideoError, count_frames, quarter_turns, resize, resize_crop, to_model_pixels, video_stream
 from gazing import Tiling
 
 
@@ -151,9 +151,9 @@ class View:
         whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
         return self.split(resize(whole, self.size)[0]), resize(whole, self.panel)[0]
 
-    def normalize(self, tiles, which=slice(None)):
+    def to_model_pixels(self, tiles, which=slice(None)):
         """Tiles (n, ..., 3, R, R) uint8, those numbered `which` -> what the model wants; padding is 0."""
-        x = normalize(tiles)
+        x = to_model_pixels(tiles)
         if self.inside is None:
             return x
         inside = self.inside[which].to(x.device)

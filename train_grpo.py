@@ -21,7 +21,7 @@ import torch
 
 import model
 import viz
-from data import Clips, collate, normalize
+from data import Clips, collate, to_model_pixels
 from gazing import draw_ratio, last_slots, one_clip, parse_alpha, split_frames, split_ratio
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
@@ -198,7 +198,7 @@ def validate(gaze, mae, loader, ratios, requirement, device):
     """
     sums, picture = [0.0] * 4, None
     for batch in loader:
-        video = normalize(batch["video"].to(device))
+        video = to_model_pixels(batch["video"].to(device))
         gazing = gaze.generate(video, gazing_ratio=ratios, task_loss_requirement=requirement)
         real = ~gazing["if_padded_gazing"]
         recon = None
@@ -296,7 +296,7 @@ def main():
             batch = next(loader)
             keys += batch["key"]
             unreadable.update(batch["unreadable"])
-            video = normalize(batch["video"].to(device, non_blocking=True))
+            video = to_model_pixels(batch["video"].to(device, non_blocking=True))
             B, share = len(video), len(video) / sampler.local
             clock = [run.now(device)]
             with autocast:

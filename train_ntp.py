@@ -19,7 +19,7 @@ import torch
 
 import model
 import viz
-from data import Clips, collate, collate_gaze, normalize
+from data import Clips, collate, collate_gaze, to_model_pixels
 from gazing import last_slots, one_clip, parse_alpha, split_ratio
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
@@ -116,7 +116,7 @@ def ntp_loss(log_prob, task_loss, gazing, n_real):
 
 def to_device(batch, V, device):
     gazing = collate_gaze(batch["gazing_pos"], batch["task_losses"], V)
-    return normalize(batch["video"].to(device, non_blocking=True)), {k: v.to(device) for k, v in gazing.items()}
+    return to_model_pixels(batch["video"].to(device, non_blocking=True)), {k: v.to(device) for k, v in gazing.items()}
 
 
 def mirror(video, gazing, config):
@@ -162,7 +162,7 @@ def validate(gaze, mae, loader, ratios, requirement, device):
     """
     sums, picture = [0.0] * 4, None
     for batch in loader:
-        video = normalize(batch["video"].to(device))
+        video = to_model_pixels(batch["video"].to(device))
         gazing = gaze.generate(video, gazing_ratio=ratios, task_loss_requirement=requirement)
         real = ~gazing["if_padded_gazing"]
         recon = None

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 import viz
-from data import Clips, collate, normalize
+from data import Clips, collate, to_model_pixels
 from gazing import as_sides, draw_ratio, one_clip, parse_alpha, random_gazing, split_ratio, to_budgets
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
@@ -117,7 +117,7 @@ def evaluate(mae, loader, cfg, device):
     V, total, count, picture = mae.config.num_ids, 0.0, 0, None
     for i, batch in enumerate(loader):
         generator = torch.Generator().manual_seed(i)  # the same gazes at every evaluation
-        video = normalize(batch["video"].to(device))
+        video = to_model_pixels(batch["video"].to(device))
         gazing = random_gazing(draw_budgets(cfg, V, generator), len(video), V, generator)
         gazing = {k: v.to(device) for k, v in gazing.items()}
         recon, loss = mae(video, gazing, range(cfg.n_frames))
@@ -207,7 +207,7 @@ def main():
             batch = next(loader)
             keys += batch["key"]
             unreadable.update(batch["unreadable"])
-            video = normalize(batch["video"].to(device, non_blocking=True))
+            video = to_model_pixels(batch["video"].to(device, non_blocking=True))
             gazing = {k: v.to(device) for k, v in random_gazing(budgets, len(video), V).items()}
             with sync(last=i == sampler.n_micro - 1):
                 with autocast:

@@ -4,7 +4,8 @@
     reconstruction, loss = mae(video, gazing, frames=[0, 7])   # (B, F, 3, R, R), (B, F)
 
 From the gazed patches alone it paints whole frames: frame t is reconstructed from the patches gazed in frames <= t
-(paper, section 3.3 and appendix). `gazing` is the dict described in model.py; video is normalised by data.normalize.
+(paper, section 3.3 and appendix). `gazing` is the dict described in model.py; video comes from
+`data.to_model_pixels`.
 Module and parameter names follow Hugging Face's ViTMAE, so that published files load without a renaming table.
 
 Dimension key: B clips, T frames, F frames to reconstruct, S scales, V patch ids per frame, N gaze slots, L tokens,

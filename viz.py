@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
-from data import denormalize
+from data import from_model_pixels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -19,7 +19,7 @@ COLORS = ["#ff5a5f", "#ffb400", "#3ddc84", "#4aa8ff", "#c77dff"]  # coarse to fi
 
 def to_image(x):
     """Normalised pixels (3, R, R) -> (R, R, 3) floats in 0..1."""
-    return denormalize(x.float().cpu()).permute(1, 2, 0).numpy()
+    return from_model_pixels(x.float().cpu()).permute(1, 2, 0).numpy()
 
 
 def gazed_boxes(gazing, config, row=0):
@@ -136,7 +136,7 @@ def enlarge(x, view):
     y, x_at = (np.arange(length) * n // (tiles * view.q) for length, n, tiles in
                zip(view.panel, x.shape[1:], (view.rows, view.columns), strict=True))
     def bytes_of(x):
-        return (denormalize(x) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        return (from_model_pixels(x) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
     if x[0].numel() > len(y) * len(x_at):  # whichever is fewer pixels
         return bytes_of(x[:, y][..., x_at])

@@ -248,11 +248,11 @@ def test_random_crop():
 
 def test_normalize():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    y = data.normalize(x)
-    assert y.dtype == torch.float32 and torch.equal(y, data.normalize(x.float()))
+    y = data.to_model_pixels(x)
+    assert y.dtype == torch.float32 and torch.equal(y, data.to_model_pixels(x.float()))
     assert y[0, 0, 0, 0].item() == pytest.approx((-1 - 0.485) / 0.229)
     assert y[0, 2, 15, 15].item() == pytest.approx((1 - 0.406) / 0.225)
-    assert torch.allclose(data.denormalize(y), x / 255, atol=1e-6) and data.denormalize(y * 9).max() == 1
+    assert torch.allclose(data.from_model_pixels(y), x / 255, atol=1e-6) and data.from_model_pixels(y * 9).max() == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_tiles_are_those_of_generate(gaze):
                                      generator=torch.Generator().manual_seed(i))} for i in range(2)]
     (i, tiles, moved), = ev.batches(ev.Config(batch_size=8), items, C, "cpu", None)
     assert i == 0 and moved is None and tiles.shape == (8, 4, 3, 32, 32)
-    whole = torch.stack([ev.normalize(x["video"]) for x in items])
+    whole = torch.stack([ev.to_model_pixels(x["video"]) for x in items])
     assert torch.equal(tiles[1], whole[0, :, :, :32, 32:]) and torch.equal(tiles[6], whole[1, :, :, 32:, :32])
     mask = gaze.generate(whole, gazing_ratio=0.3, target_scales="32+64")["gazing_mask"][1].view(2, 4, 8, 8)
     part = gaze.generate(tiles, gazing_ratio=0.3)["gazing_mask"][1].view(8, 4, 4, 4)

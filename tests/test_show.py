@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import show
 import viz
-from data import VIDEO_SUFFIXES, VideoError, normalize, read_frames
+from data import VIDEO_SUFFIXES, VideoError, read_frames, to_model_pixels
 from model import Gaze, GazeConfig
 from videomae import VideoMAE, VideoMAEConfig
 
@@ -227,7 +227,7 @@ def as_generated(folder, video, n, ratio):
     H, W = frames.shape[2:]
     grids = [(math.ceil(H * g / 32), math.ceil(W * g / 32)) for g in (2, 4)]
     h, w = (PATCH * k for k in grids[-1])
-    clip = F.pad(normalize(frames), (0, w - W, 0, h - H))[None]
+    clip = F.pad(to_model_pixels(frames), (0, w - W, 0, h - H))[None]
     gazing = Gaze.from_pretrained(folder / "model").eval().generate(
         clip, ratio, target_scales=[(PATCH * y, PATCH * x) for y, x in grids], target_patch_size=PATCH)
     return gazing, grids

@@ -21,7 +21,7 @@ import train_grpo
 import train_ntp
 import train_videomae
 import videomae
-from data import collate_gaze, normalize
+from data import collate_gaze, to_model_pixels
 from gazing import (
     draw_ratio,
     join_frames,
@@ -58,7 +58,7 @@ def gazing_of(padded, counts):
 
 def test_first_accuracy_is_of_clips_with_a_first_gaze(gaze):
     video = torch.randint(256, (2, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    first = gaze.generate(normalize(video[:1, :1]), gazing_ratio=1e-9)["gazing_pos"].item()
+    first = gaze.generate(to_model_pixels(video[:1, :1]), gazing_ratio=1e-9)["gazing_pos"].item()
     pos, losses = [[[first], [], [], []], [[], [V], [], []]], [[[0.5], [], [], []], [[], [0.5], [], []]]
     batch = {"video": video, "gazing_pos": pos, "task_losses": losses}
     assert label_loss(gaze, [batch], "cpu")["val_first_accuracy"] == 1
