@@ -9,8 +9,8 @@ transformer as a masked autoencoder on faces: pre-training with it is what lets 
 Signs (a README picture shows them): pitch is positive upwards, yaw is positive towards the left edge of the picture.
 The vector of to_vector points the other way, from what is looked at to the face. A mirrored crop has the yaw negated.
 
-Dimension key: B faces, N patches, L = N + 1 tokens (CLS first), D width, H heads, p patch size in pixels, K patches that
-the autoencoder sees.
+Dimension key: B faces, S side of the crop, p side of a patch, N patches, L = N + 1 tokens (CLS first), D width,
+K patches that the autoencoder sees.
 """
 import argparse
 import math
@@ -39,16 +39,13 @@ class UniGazeConfig:
     hidden_size: int = 768     # B 768, L 1024, H 1280
     depth: int = 12            # B 12, L 24, H 32
     num_heads: int = 12        # B 12, L 16, H 16
-    drop_path: float = 0.1     # share of samples that skip the last block in training; rises linearly from 0 at the first
+    drop_path: float = 0.1     # share of faces that skip the last block in training; for earlier blocks less, linearly
 
     def __post_init__(self):
-        for key in ("image_size", "patch_size", "hidden_size", "depth", "num_heads"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}")
+        check_multiple(self, "image_size", "patch_size")
+        check_multiple(self, "hidden_size", "num_heads")
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} must be at least 1")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1)")
 
@@ -68,21 +65,24 @@ class FaceMAEConfig(UniGazeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("decoder_hidden_size", "decoder_depth", "decoder_num_heads"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.decoder_hidden_size % self.decoder_num_heads:
-            raise ValueError(f"decoder_hidden_size={self.decoder_hidden_size} is no multiple of "
-                             f"decoder_num_heads={self.decoder_num_heads}")
+        check_multiple(self, "decoder_hidden_size", "decoder_num_heads")
+        if self.decoder_depth < 1:
+            raise ValueError(f"decoder_depth={self.decoder_depth} must be at least 1")
         if self.hidden_size % 4 or self.decoder_hidden_size % 4:
             raise ValueError(f"hidden_size={self.hidden_size} and decoder_hidden_size={self.decoder_hidden_size} must "
                              "be multiples of 4: sine and cosine of row and of column")
-        if not 0 < self.mask_ratio < 1 or self.num_visible < 1:
+        if not 0 < self.num_visible < self.num_patches:
             raise ValueError(f"mask_ratio={self.mask_ratio} must hide some of the {self.num_patches} patches, not all")
 
     @property
     def num_visible(self):
         return int(self.num_patches * (1 - self.mask_ratio))
+
+
+def check_multiple(config, whole, part):
+    a, b = getattr(config, whole), getattr(config, part)
+    if a < 1 or b < 1 or a % b:
+        raise ValueError(f"{whole}={a} must be a multiple of {part}={b}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,15 +123,15 @@ class Block(nn.Module):
 
     def forward(self, x, draws=None):
         """x (B, L, D). draws (B, 2): uniform numbers that decide which samples skip the two branches; none: no one."""
-        x = x + self.keep(self.attn(self.norm1(x)), draws, 0)
-        x = x + self.keep(self.mlp(self.norm2(x)), draws, 1)
-        return x
-
-    def keep(self, branch, draws, i):
         if draws is None or self.drop_path == 0:
-            return branch
-        kept = (draws[:, i] >= self.drop_path).to(branch.dtype) / (1 - self.drop_path)
-        return branch * kept.view(-1, 1, 1)
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+
+        # drop path: what is left counts the more, so that the mean stays
+        kept = (draws >= self.drop_path).to(x.dtype) / (1 - self.drop_path)
+        attn_kept, mlp_kept = kept.view(-1, 2, 1, 1).unbind(1)
+        x = x + self.attn(self.norm1(x)) * attn_kept
+        return x + self.mlp(self.norm2(x)) * mlp_kept
 
 
 class PatchEmbed(nn.Module):
@@ -165,7 +165,8 @@ class ViT(nn.Module):
     def forward(self, images, draws=None):
         """images (B, 3, S, S) uint8 RGB or normalised -> (B, L, D) after the last norm, CLS first. In training mode
         `draws` of draw() decide the drop path; without them it draws its own."""
-        x = self.patch_embed(normalize(images, self.config.image_size))
+        images = imagenet_normalize(images, self.config.image_size)
+        x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self.pos_embed
 
@@ -190,8 +191,8 @@ class UniGaze(nn.Module):
         init_weights(self)
 
     def forward(self, images, draws=None):
-        """images (B, 3, S, S): uint8 RGB, or floats that went through normalize(). Returns (B, 2) pitch and yaw in
-        radians. ValueError: images of another size or type."""
+        """images (B, 3, S, S): uint8 RGB, or floats that went through imagenet_normalize(). Returns (B, 2) pitch and
+        yaw in radians. ValueError: images of another size or type."""
         tokens = self.vit(images, draws)
         return self.gaze_fc(tokens[:, 0])
 
@@ -200,21 +201,20 @@ class UniGaze(nn.Module):
         save_folder(folder, self.state_dict(), asdict(self.config))
 
     @classmethod
-    def from_pretrained(cls, folder, config=None):
-        """The model of a folder that save_pretrained of UniGaze or of FaceMAE wrote; of the latter with a fresh
-        gaze_fc. config: other sizes than the folder's, as in from_published."""
+    def from_pretrained(cls, folder):
+        """The model of a folder that save_pretrained wrote; an autoencoder's folder gives a fresh gaze_fc."""
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
-        if config is None:
-            config = read_config(folder / "config.json", lambda d: UniGazeConfig(**sizes_of(d)))
-        return cls.from_published(folder / "model.safetensors", config)
+        keys = UniGazeConfig.__dataclass_fields__
+        config = read_config(folder / "config.json", lambda saved: UniGazeConfig(**{key: saved[key] for key in keys}))
+        return cls.from_published(folder, config)
 
     @classmethod
     def from_published(cls, path, config=None):
         """The model of a weight file: released safetensors, a trainer's epoch_NN.pth.tar, a plain state dict, or a
-        masked autoencoder's file, Meta's too, which comes without a gaze_fc: that one is drawn afresh.
+        masked autoencoder, Meta's too, which comes without a gaze_fc: that one is drawn afresh.
 
         config: a UniGazeConfig; none: read off the weights, which works for the published widths. Position embeddings
         are resized to its image_size. FileNotFoundError, or a ValueError that names what does not fit.
@@ -241,17 +241,13 @@ class UniGaze(nn.Module):
 
 def load(name_or_path, device="cpu"):
     """A trained UniGaze in evaluation mode: the name of a released model (unigaze_b16_joint, unigaze_l16_joint,
-    unigaze_h14_joint, unigaze_h14_cross_X; fetched from huggingface.co, licence MG-NC-RAI-2.0: non-commercial), a folder
-    of save_pretrained, or a file that from_published reads."""
+    unigaze_h14_joint, unigaze_h14_cross_X; fetched from huggingface.co, licence MG-NC-RAI-2.0: non-commercial), a
+    folder of save_pretrained, or a file that from_published reads."""
     path = Path(name_or_path)
-    if path.is_dir():
-        model = UniGaze.from_pretrained(path)
-    elif path.is_file() or not str(name_or_path).startswith("unigaze_"):
-        model = UniGaze.from_published(path)
-    else:
-        file = Path(name_or_path).name.removesuffix(".safetensors") + ".safetensors"
-        folder = download(RELEASED, [file])
-        model = UniGaze.from_published(folder / file)
+    if not path.exists() and path.name.startswith("unigaze_"):
+        file = f"{path.stem}.safetensors"
+        path = download(RELEASED, [file]) / file
+    model = UniGaze.from_pretrained(path) if path.is_dir() else UniGaze.from_published(path)
     return model.to(device).eval()
 
 
@@ -282,7 +278,7 @@ class FaceMAE(ViT):
     def forward(self, images, noise=None):
         """images (B, 3, S, S) as in UniGaze; noise (B, N) decides what is hidden (see encode), none: drawn here.
         Returns (loss: a scalar, prediction (B, N, p·p·3), mask (B, N) 1 = hidden)."""
-        images = normalize(images, self.config.image_size)
+        images = imagenet_normalize(images, self.config.image_size)
         if noise is None:
             noise = torch.rand(len(images), self.config.num_patches, device=images.device)
         latent, mask, restore = self.encode(images, noise)
@@ -354,7 +350,6 @@ class FaceMAE(ViT):
     def from_published(cls, path, config):
         """The autoencoder with its decoder, of a published mae_*.pth or of a folder of save_pretrained. Its fixed
         positions must be of the config's size."""
-        path = Path(path) / "model.safetensors" if Path(path).is_dir() else path
         with torch.device("meta"):
             model = cls(config)
         assign(model, read_published(path)["model"], f"the weights in {path}")
@@ -372,7 +367,7 @@ def patch_statistics(patches):
 # pixels, positions, first weights
 
 
-def normalize(images, size):
+def imagenet_normalize(images, size):
     """uint8 RGB (B, 3, size, size) -> ImageNet-normalised float32; floats are taken to be that already."""
     if images.dim() != 4 or images.shape[1:] != (3, size, size):
         raise ValueError(f"images are {tuple(images.shape)}, expected (faces, 3, {size}, {size})")
@@ -380,7 +375,7 @@ def normalize(images, size):
         images = images.float() / 255
         return (images - channels(MEAN, images)) / channels(STD, images)
     if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}: give uint8 RGB, or floats normalised with ImageNet's mean and std")
+        raise ValueError(f"images are {images.dtype}: give uint8 RGB, or what imagenet_normalize() returns")
     return images
 
 
@@ -427,13 +422,15 @@ def init_weights(module):
 
 
 def read_published(path):
-    """What a weight file holds: {"model": {name: tensor}} and, from a trainer's checkpoint, "epoch", "optimizer" (Adam's
-    state_dict, numbered for a model without vit.head) and "schedule".
+    """What a weight file holds: {"model": {name: tensor}} and, from a trainer's checkpoint, "epoch", "schedule" and
+    "optimizer": Adam's state_dict, numbered for a model without vit.head.
 
     Nothing in the file is executed: of types other than tensors only argparse's Namespace and the class OneCycleLR are
     let in, and a stored function becomes its name. Weights are mapped, not copied.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     if path.suffix == ".safetensors":
@@ -447,7 +444,7 @@ def read_published(path):
         if not all(isinstance(tensor, torch.Tensor) for tensor in model.values()):
             raise TypeError("it holds no dict of tensors")
     except Exception as error:  # of many kinds: pickle's, zip's
-        raise ValueError(f"{path} is cut off or no file of UniGaze's weights ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is cut off or no file of weights ({type(error).__name__}: {error})") from error
     found = {"model": model, "epoch": state.get("epoch"), "schedule": state.get("schedule_state")}
     if "optim_state" in state:
         found["optimizer"] = renumber(state["optim_state"], list(model))
@@ -471,14 +468,6 @@ def renumber(adam, names):
 
 def is_decoder(name):
     return name.startswith("decoder_") or name == "mask_token"
-
-
-def sizes_of(settings):
-    """Of a config.json's settings those that UniGazeConfig knows."""
-    known = {key: settings[key] for key in UniGazeConfig.__dataclass_fields__ if key in settings}
-    for key in ("image_size", "patch_size", "hidden_size", "depth", "num_heads"):
-        known[key] = settings[key]
-    return known
 
 
 def guess_config(tensors, path):
@@ -514,8 +503,14 @@ def to_pitchyaw(vector):
 def angular_error(a, b):
     """Angle between two gazes in degrees, (N,) float64, in 0..180. a, b: pitch and yaw (N, 2) in radians, or vectors
     (N, 3); a vector of length 0 is 90° from any. The cosine is clipped: rounding never makes it NaN."""
-    a, b = (torch.as_tensor(x).double() for x in (a, b))
-    a, b = (to_vector(x) if x.shape[-1] == 2 else x for x in (a, b))
-    length = a.norm(dim=-1).clamp(min=1e-7) * b.norm(dim=-1).clamp(min=1e-7)
-    cosine = (a * b).sum(dim=-1) / length
+    a = unit_vector(a)
+    b = unit_vector(b)
+    cosine = (a * b).sum(dim=-1)
     return cosine.clamp(-1, 1).acos().rad2deg()
+
+
+def unit_vector(gaze):
+    gaze = torch.as_tensor(gaze).double()
+    if gaze.shape[-1] == 2:
+        gaze = to_vector(gaze)
+    return gaze / gaze.norm(dim=-1, keepdim=True).clamp(min=1e-7)
