@@ -352,7 +352,7 @@ def area_weights(n, m):
         covered = np.where(covered > 1e-3, covered.clip(0, 1), 0)
         return (covered / np.minimum(scale, n - start)).astype(np.float32)
     left = np.floor(start)
-    blend = np.arange(1, m + 1)[:, None] - (left + 1) / scale
+    blend = (np.arange(1, m + 1)[:, None] - (left + 1) / scale).astype(np.float32)
     blend = np.where(blend <= 0, 0, blend - np.floor(blend)).astype(np.float32)
     right = np.minimum(left + 1, n - 1)
     return ((old == left) * (1 - blend) + (old == right) * blend).astype(np.float32)
