@@ -1,7 +1,18 @@
-"""The gaze of a batch of clips, as three tensors: what follows from it, budgets, tiles.
+"""The gazing of a batch of clips: three tensors, and everything that follows from them without a network.
 
-Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), N gaze slots of a clip.
+A gazing of B clips is a dict of three tensors, frame after frame along N (paper, section 3):
+    gazing_pos             (B, N) int64   patch id within its frame + V * frame
+    if_padded_gazing       (B, N) bool    True = a padded slot; its gazing_pos means nothing
+    num_gazing_each_frame  (T,)   int64   slots of each frame, the same for all clips; sums to N. Lies on the CPU
+
+Gaze.generate adds gazing_mask, a list of S tensors (B, T, V_s), 1 where a patch is gazed.
+
+    where = locate(gazing, gaze.config, source_size=(1080, 1920))     # frame, scale, row, column, box of every slot
+    seen = grid(gazing["gazing_mask"], (14, 14))                      # (B, T, 14, 14), the union of all scales
+
+Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), V_s of scale s, N slots of a clip.
 """
+import dataclasses
 import math
 import operator
 import re
@@ -13,65 +24,275 @@ from einops import rearrange
 
 from lib.configurator import numbers
 
+LARGEST_SIZE = 1_000_000  # of any width, side or count in a config
+MOST_LAYERS = 1_000
+
+# ----------------------------------------------------------------------------------------------------------------------
+# patch ids
+
 
 class Grids:
-    """What follows from `scales` and `patch_size` of a model's config."""
+    """What follows from `scales` and `patch_size` of a model's config. Ids of a frame: scale by scale, row by row."""
 
     @property
     def scale_list(self):
-        return [int(s) for s in self.scales.split("+")]
+        return [int(side) for side in self.scales.split("+")]
 
     @property
     def ids_per_scale(self):
-        return [(s // self.patch_size) ** 2 for s in self.scale_list]
+        return [(side // self.patch_size) ** 2 for side in self.scale_list]
 
     @property
     def num_ids(self):  # V; also the id of the padding token
         return sum(self.ids_per_scale)
 
     def check_sizes(self):
-        """ValueError naming what no model can have: a size below 1, scales that are not cut into whole patches."""
-        for key, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
-        if not re.fullmatch(r"[0-9]+(\+[0-9]+)*", self.scales) or any(s % self.patch_size for s in self.scale_list):
+        """ValueError names the first setting that no model can have."""
+        for setting in dataclasses.fields(self):
+            key = setting.name
+            value = getattr(self, key)
+
+            if setting.type is int:
+                highest = MOST_LAYERS if "layers" in key or "blocks" in key else LARGEST_SIZE
+                if type(value) is not int or not 1 <= value <= highest:
+                    raise ValueError(f"{key}={value!r} must be a whole number from 1 to {highest:,}")
+
+            if setting.type is float:
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    raise ValueError(f"{key}={value!r} must be a number")
+
+        if type(self.scales) is not str or not re.fullmatch(r"[0-9]{1,6}(\+[0-9]{1,6})*", self.scales):
+            raise ValueError(f"scales={self.scales!r} must be side lengths in pixels joined by +")
+        if any(side < 1 or side % self.patch_size for side in self.scale_list):
             raise ValueError(f"scales={self.scales!r} must be multiples of patch_size={self.patch_size}, joined by +")
 
 
+def frame_of_slot(gazing):
+    """(N,) index of the frame that each slot belongs to, on the device of the slots."""
+    counts = gazing["num_gazing_each_frame"].cpu()
+    frame = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return frame.to(gazing["gazing_pos"].device)
 
-def pack_front(keep):
-    """Indices (B, L) that move each row's kept tokens to the front in order, and where each token went (B, L)."""
-    order = torch.argsort(~keep, dim=1, stable=True)
-    return order, torch.argsort(order, dim=1)
 
+def locate(gazing, config, source_size=None, crop=None, grids=None):
+    """Where every slot of a gazing lies.
+
+    Returns a dict of tensors: frame, scale, row, column (B, N) int64; box (B, N, 4) float32, its y0, x0, y1, x1;
+    padded (B, N) bool. Padded slots have -1 and boxes of NaN.
+
+    config: of the gaze model, or anything with its scale_list and patch_size. Boxes are counted in pixels
+        of the model's input (R, R)      unless something else is given;
+        of the source picture            with source_size=(height, width), whose centre square the model was given;
+        of any other picture             with crop=(top, left, side): the square that the model was given, in the
+                                         picture's pixels; or crop=(top, left, height, width).
+    grids: for whole frames in tiles, (rows, columns) of patches at each scale, as in Tiling.grids and gaze.npz; crop is
+        then the first tile (Tiling.crop). Boxes may reach into a tile's padding; source_size cuts them off.
+    """
+    position = gazing["gazing_pos"]
+    padded = gazing["if_padded_gazing"]
+    device = position.device
+
+    # the part of the picture that the model (or its first tile) was given
+    if crop is None and source_size is not None:
+        if grids is not None:
+            raise ValueError("locate: with grids, say how large a tile is: crop=tiling.crop(source_size)")
+        crop = centre_square(source_size)
+    if crop is None:
+        crop = 0, 0, config.scale_list[-1]
+    top, left, height = (float(value) for value in crop[:3])
+    width = float(crop[3]) if len(crop) == 4 else height
+
+    # tables with a row per scale: the grid of a whole frame, and how many patches lie along a side of `crop`
+    per_side = torch.tensor([side // config.patch_size for side in config.scale_list], device=device)
+    if grids is None:
+        grids = per_side.unsqueeze(1).expand(-1, 2)
+    n_rows, n_columns = torch.as_tensor(grids, device=device).unbind(1)
+    last_id = (n_rows * n_columns).cumsum(0)
+    first_id = last_id - n_rows * n_columns
+
+    # a slot's id within its frame names scale, row and column
+    frame = frame_of_slot(gazing).expand_as(position)
+    patch_id = (position - last_id[-1] * frame).masked_fill(padded, 0)
+    scale = torch.bucketize(patch_id, last_id, right=True)
+    row = (patch_id - first_id[scale]) // n_columns[scale]
+    column = (patch_id - first_id[scale]) % n_columns[scale]
+
+    # corners in pixels
+    patch_height = height / per_side[scale]
+    patch_width = width / per_side[scale]
+    y0 = top + row * patch_height
+    x0 = left + column * patch_width
+    box = torch.stack([y0, x0, y0 + patch_height, x0 + patch_width], dim=-1)
+    if source_size is not None:
+        limit = torch.tensor([*source_size, *source_size], dtype=box.dtype, device=device)
+        box = torch.minimum(box, limit)
+
+    place = {"frame": frame, "scale": scale, "row": row, "column": column}
+    place = {name: values.masked_fill(padded, -1) for name, values in place.items()}
+    box = box.masked_fill(padded.unsqueeze(-1), math.nan)
+    return place | {"box": box, "padded": padded}
+
+
+def centre_square(source_size):
+    """(height, width) of a picture -> (top, left, side) of its centre square, which clips are cut to."""
+    height, width = source_size
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side
+
+
+def grid(gazing_mask, size, grids=None):
+    """The union of all scales on one grid: gazing_mask, S tensors (B, T, V_s) -> (B, T, h, w) bool, size = (h, w).
+
+    A cell counts as gazed when a gazed patch of any scale covers its centre: exact where h and w are multiples of every
+    scale's grid. grids: (rows, columns) of each scale; without, they are squares.
+    """
+    height, width = size
+    union = None
+    for s, mask in enumerate(gazing_mask):
+        side = math.isqrt(mask.shape[-1])
+        n_rows, n_columns = (side, side) if grids is None else grids[s]
+        patches = mask.unflatten(-1, (n_rows, n_columns)).bool()
+
+        # the patch that covers the centre of each cell
+        y = (2 * torch.arange(height, device=mask.device) + 1) * n_rows // (2 * height)
+        x = (2 * torch.arange(width, device=mask.device) + 1) * n_columns // (2 * width)
+        cells = patches[:, :, y][:, :, :, x]
+        union = cells if union is None else union | cells
+    return union
+
+
+def to_masks(gazing, ids_per_scale):
+    """gazing_mask of a gazing: a list of S tensors (B, T, V_s), 1 where a patch is gazed."""
+    V = sum(ids_per_scale)
+    T = len(gazing["num_gazing_each_frame"])
+    position = gazing["gazing_pos"]
+
+    # padded slots fall into one column behind the last id, which is cut off
+    column = torch.where(gazing["if_padded_gazing"], T * V, position)
+    flat = torch.zeros(len(position), T * V + 1, device=position.device)
+    flat.scatter_(1, column, 1.0)
+    return list(flat[:, :-1].view(-1, T, V).split(ids_per_scale, dim=2))
+
+
+def last_slots(gazing):
+    """(B, T) index of each frame's last real slot (its first slot where a frame has none)."""
+    padded = gazing["if_padded_gazing"]
+    counts = gazing["num_gazing_each_frame"].to(padded.device)
+    first = (counts.cumsum(0) - counts).expand(len(padded), -1)
+
+    # published decoding may leave padding before a real slot, so look for the highest index of all real ones
+    frame = frame_of_slot(gazing).expand_as(padded)
+    slot = torch.arange(padded.shape[1], device=padded.device).expand_as(padded)
+    return first.scatter_reduce(1, frame, torch.where(padded, 0, slot), "amax")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cut and join
 
 
 def split_frames(gazing):
-    """Gaze dict -> per frame (gazing_pos (B, n_t), if_padded (B, n_t))."""
-    n = gazing["num_gazing_each_frame"].tolist()
-    return list(zip(gazing["gazing_pos"].split(n, dim=1), gazing["if_padded_gazing"].split(n, dim=1), strict=True))
-
+    """Gazing -> list over frames of (gazing_pos (B, n_t), if_padded_gazing (B, n_t))."""
+    counts = gazing["num_gazing_each_frame"].tolist()
+    positions = gazing["gazing_pos"].split(counts, dim=1)
+    padded = gazing["if_padded_gazing"].split(counts, dim=1)
+    return list(zip(positions, padded, strict=True))
 
 
 def join_frames(frames):
-    return {"gazing_pos": torch.cat([ids for ids, _ in frames], dim=1),
-            "if_padded_gazing": torch.cat([p for _, p in frames], dim=1),
-            "num_gazing_each_frame": torch.tensor([ids.shape[1] for ids, _ in frames])}
-
-
-
-def one_clip(gazing, row):
-    """The gaze dict of one clip of a batch, on the CPU."""
-    out = {k: gazing[k][row:row + 1].cpu() for k in ("gazing_pos", "if_padded_gazing")}
-    return out | {"num_gazing_each_frame": gazing["num_gazing_each_frame"].cpu()}
-
+    """The inverse of split_frames."""
+    positions, padded = zip(*frames, strict=True)
+    return {"gazing_pos": torch.cat(positions, dim=1),
+            "if_padded_gazing": torch.cat(padded, dim=1),
+            "num_gazing_each_frame": torch.tensor([ids.shape[1] for ids in positions])}
 
 
 def from_lists(frames, V, device):
-    """Ids within the frame, per frame a (B, n_t) tensor -> gaze dict."""
-    gazing = join_frames([(ids + V * t, torch.zeros_like(ids, dtype=torch.bool)) for t, ids in enumerate(frames)])
-    return {k: v.to(device) for k, v in gazing.items()}
+    """Ids within the frame, per frame a (B, n_t) tensor -> gazing."""
+    joined = []
+    for t, ids in enumerate(frames):
+        joined.append((ids + V * t, torch.zeros_like(ids, dtype=torch.bool)))
+    return to_device(join_frames(joined), device)
 
+
+def to_device(gazing, device):
+    """The same gazing on another device. num_gazing_each_frame goes to the CPU, where it is read."""
+    moved = {}
+    for key, value in gazing.items():
+        if key == "num_gazing_each_frame":
+            moved[key] = value.cpu()
+        elif isinstance(value, list):
+            moved[key] = [mask.to(device) for mask in value]
+        else:
+            moved[key] = value.to(device)
+    return moved
+
+
+def rows(gazing, index):
+    """The gazing of some clips of a batch. index: a slice, a list or a tensor of clips; one number keeps the axis."""
+    if isinstance(index, int):
+        index = [index]
+    chosen = {}
+    for key, value in gazing.items():
+        if key == "num_gazing_each_frame":
+            chosen[key] = value
+        elif isinstance(value, list):
+            chosen[key] = [mask[index] for mask in value]
+        else:
+            chosen[key] = value[index]
+    return chosen
+
+
+def one_clip(gazing, row):
+    """The three tensors of one clip of a batch, on the CPU."""
+    tensors = {key: gazing[key] for key in ("gazing_pos", "if_padded_gazing", "num_gazing_each_frame")}
+    return to_device(rows(tensors, row), "cpu")
+
+
+def join_clips(batches, num_ids):
+    """Gazings of several batches of clips with as many frames -> one gazing of all their clips. A frame gets as many
+    slots as its longest clip takes."""
+    joined = []
+    for t, parts in enumerate(zip(*(split_frames(batch) for batch in batches), strict=True)):
+        n_slots = max(ids.shape[1] for ids, _ in parts)
+        positions, padded = [], []
+        for ids, is_padded in parts:
+            missing = n_slots - ids.shape[1]
+            positions.append(F.pad(ids, (0, missing), value=num_ids * (t + 1)))
+            padded.append(F.pad(is_padded, (0, missing), value=True))
+        joined.append((torch.cat(positions), torch.cat(padded)))
+    return join_frames(joined)
+
+
+def split_chunks(video, n_frames):
+    """A long video (B, T, …) -> list of its chunks (B, up to n_frames, …), which share its memory."""
+    return list(video.split(n_frames, dim=1))
+
+
+def join_chunks(chunks, num_ids):
+    """Gazings of consecutive chunks of the same clips -> one gazing of the whole video."""
+    joined = []
+    for chunk in chunks:
+        offset = num_ids * len(joined)
+        joined += [(ids + offset, padded) for ids, padded in split_frames(chunk)]
+    return join_frames(joined)
+
+
+def drop_empty_slots(gazing):
+    """The gazing without slots that are padded in all clips, but one per frame at least."""
+    kept = []
+    for ids, padded in split_frames(gazing):
+        used = ~padded.all(dim=0)
+        if len(used):
+            used[0] |= ~used.any()
+        kept.append((ids[:, used], padded[:, used]))
+    return join_frames(kept)
+
+
+def pack_front(keep):
+    """keep (B, L) bool -> the permutation (B, L) that moves each row's kept tokens to the front, in order, and its
+    inverse (B, L): where each token went."""
+    permutation = torch.argsort(~keep, dim=1, stable=True)
+    return permutation, torch.argsort(permutation, dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,61 +306,48 @@ def draw_ratio(kind, fixed, low, high, rate, generator):
     u = torch.rand((), generator=generator, dtype=torch.float64).item()
     if kind == "uniform":
         return low + u * (high - low)
-    assert kind == "exponential", kind
-    a, b = math.exp(-rate * low), math.exp(-rate * high)  # inverse of the truncated distribution function
-    return -math.log(a - u * (a - b)) / rate
 
+    # the inverse of the truncated exponential's distribution function
+    assert kind == "exponential", kind
+    at_low = math.exp(-rate * low)
+    at_high = math.exp(-rate * high)
+    return -math.log(at_low - u * (at_low - at_high)) / rate
 
 
 def parse_alpha(alpha, n_frames):
     """'10,3' -> [10, 3, 3, …]: the last value is repeated over the remaining frames."""
     values = numbers(alpha)
-    if len(values) > n_frames or not all(0 < v < math.inf for v in values):
+    if len(values) > n_frames or not all(0 < value < math.inf for value in values):
         raise ValueError(f"alpha={alpha!r} needs at most {n_frames} numbers (frames), all above 0, joined by commas")
     return values + values[-1:] * (n_frames - len(values))
 
 
-
 def split_ratio(kind, ratio, n_frames, alpha, generator):
-    """Per-frame ratios (T,) that average `ratio`. uniform: all equal. dirichlet: random shares. mean: their mean."""
+    """Per-frame ratios (T,) that average `ratio`. kind: uniform (all equal) | dirichlet (random shares) | mean (of the
+    Dirichlet's shares)."""
     if kind == "uniform":
         return torch.full((n_frames,), float(ratio), dtype=torch.float64)
-    alpha = torch.tensor(parse_alpha(alpha, n_frames), dtype=torch.float64)
-    # a Dirichlet draw is normalised Gamma draws; numpy's take a seed, torch's take no generator
-    seed = 0 if kind == "mean" else int(torch.randint(2 ** 31, (), generator=generator))
-    share = alpha if kind == "mean" else torch.from_numpy(np.random.default_rng(seed).gamma(alpha.numpy()))
+    share = torch.tensor(parse_alpha(alpha, n_frames), dtype=torch.float64)
+
+    # A Dirichlet draw is normalised Gamma draws. They are numpy's, with a seed: torch's take no generator.
+    if kind == "dirichlet":
+        seed = int(torch.randint(2 ** 31, (), generator=generator))
+        share = torch.from_numpy(np.random.default_rng(seed).gamma(share.numpy()))
     return (share / share.sum() * ratio * n_frames).clamp(0, 1)
-
-
-
-def random_gazing(budgets, n_clips, n_ids, generator=None):
-    """A gaze dict of distinct random patches: budgets (T,) patches in each frame, the same number for every clip."""
-    pos = []
-    for t, n_t in enumerate(budgets):
-        scores = torch.rand(n_clips, n_ids, generator=generator)
-        pos.append(scores.argsort(dim=1)[:, :n_t] + n_ids * t)
-    pos = torch.cat(pos, dim=1)
-    return {"gazing_pos": pos, "if_padded_gazing": torch.zeros_like(pos, dtype=torch.bool),
-            "num_gazing_each_frame": torch.tensor(list(budgets))}
-
 
 
 def to_budgets(ratios, n_ids):
     """Per-frame ratios -> patches per frame, at least one; the rule of Gaze.generate."""
-    return [max(1, int(r * n_ids + 1e-4)) for r in ratios]
+    return [max(1, int(ratio * n_ids + 1e-4)) for ratio in ratios]
 
 
-
-def last_slots(gazing):
-    """(B, T) index of each frame's last real slot (its first slot where a frame has none)."""
-    out, at = [], 0
-    for n_t in gazing["num_gazing_each_frame"].tolist():
-        real = ~gazing["if_padded_gazing"][:, at:at + n_t]
-        slots = torch.arange(n_t, device=real.device)  # published decoding may leave padding before a real slot
-        out.append(at + (real * slots).amax(1) if n_t else torch.full((len(real),), at, device=real.device))
-        at += n_t
-    return torch.stack(out, dim=1)
-
+def random_gazing(budgets, n_clips, n_ids, generator=None):
+    """A gazing of distinct random patches: budgets (T,) patches in each frame, the same number for every clip."""
+    frames = []
+    for n_t in budgets:
+        scores = torch.rand(n_clips, n_ids, generator=generator)
+        frames.append(scores.argsort(dim=1)[:, :n_t])
+    return from_lists(frames, n_ids, "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,18 +356,24 @@ def last_slots(gazing):
 
 def as_sides(scales, key="scales"):
     """"56+112", or a list of ints or (height, width) pairs -> list of (height, width)."""
+    message = (f"{key}={scales!r} must be sides joined by '+', such as '32+64+112+224', or a list of ints or "
+               "(height, width) pairs")
     try:
-        sides = [int(s) for s in scales.split("+")] if isinstance(scales, str) else scales
-        sides[0]
-        return [(int(s[0]), int(s[1])) if isinstance(s, (tuple, list)) else (operator.index(s),) * 2 for s in sides]
-    except (TypeError, ValueError, IndexError):
-        raise ValueError(f"{key}={scales!r} must be sides joined by '+', such as '32+64+112+224', or a list of "
-                         "ints or (height, width) pairs") from None
-
+        if isinstance(scales, str):
+            scales = [int(side) for side in scales.split("+")]
+        sides = []
+        for side in scales:
+            height, width = side if isinstance(side, (tuple, list)) else (side, side)
+            sides.append((operator.index(height), operator.index(width)))
+    except (TypeError, ValueError):
+        raise ValueError(message) from None
+    if not sides:
+        raise ValueError(message)
+    return sides
 
 
 class Tiling:
-    """Gazes for an encoder with other resolutions or patches.
+    """Gazings for an encoder with other resolutions or patches.
 
     target_scales: as many sides as the model has scales, "64+128", ints or (height, width) pairs; None: the model's
     times target_patch_size / patch_size. A tile holds as many target patches as the model's finest grid has and is
@@ -168,32 +382,52 @@ class Tiling:
     """
 
     def __init__(self, config, target_scales, target_patch_size):
-        self.patch = p = config.patch_size if target_patch_size is None else target_patch_size
-        if p < 1:
-            raise ValueError(f"target_patch_size={p} must be at least 1")
+        patch = config.patch_size if target_patch_size is None else target_patch_size
+        if patch < 1:
+            raise ValueError(f"target_patch_size={patch} must be at least 1")
         if target_scales is None:
-            target_scales = [s * p // config.patch_size for s in config.scale_list]
+            target_scales = [side * patch // config.patch_size for side in config.scale_list]
         sides = as_sides(target_scales, "target_scales")
-        self.sides = [s // config.patch_size for s in config.scale_list]  # of a tile's grids, in patches
-        self.grids = [(h // p, w // p) for h, w in sides]  # of the whole frame
-        self.size = sides[-1]
+        height, width = sides[-1]
+
+        self.patch = patch
+        self.size = (height, width)                                        # of the whole frame, in pixels
+        self.grids = [(h // patch, w // patch) for h, w in sides]          # of the whole frame, in patches
+        self.sides = [side // config.patch_size for side in config.scale_list]  # of a tile's grids, in patches
+        self.tile = self.sides[-1] * patch                                 # of a tile, in pixels
         # a fraction of a patch at the border counts: a tile must cover it
-        self.rows, self.columns = (math.ceil(n / p / self.sides[-1]) for n in self.size)
-        if len(sides) != len(self.sides) or any(
-                h < 1 or w < 1 or h > self.rows * g or w > self.columns * g
-                for (h, w), g in zip(self.grids, self.sides, strict=False)):
-            raise ValueError(f"target_scales={target_scales}, target_patch_size={p} do not fit scales={config.scales}: "
-                             f"as many, in about the same proportions, at least {p} pixels each")
+        self.rows = math.ceil(height / self.tile)
+        self.columns = math.ceil(width / self.tile)
+
+        fits = len(sides) == len(self.sides)
+        for (n_rows, n_columns), side in zip(self.grids, self.sides, strict=False):
+            fits = fits and 1 <= n_rows <= self.rows * side and 1 <= n_columns <= self.columns * side
+        if not fits:
+            raise ValueError(f"target_scales={target_scales}, target_patch_size={patch} do not fit "
+                             f"scales={config.scales}: as many, in about the same proportions, at least {patch} "
+                             "pixels each")
+
+    def crop(self, source_size):
+        """The first tile in pixels of a source picture (height, width): (top, left, height, width) for locate()."""
+        tile_height = self.tile * source_size[0] / self.size[0]
+        tile_width = self.tile * source_size[1] / self.size[1]
+        return 0, 0, tile_height, tile_width
+
+    def views(self, video):
+        """video (B, T, C, H, W), resized to the finest target scale and padded with 0 where needed -> its tiles as
+        views (B, rows, columns, T, C, tile, tile), which share its memory."""
+        frames = video.flatten(0, 1)
+        if frames.shape[-2:] != self.size:
+            frames = F.interpolate(frames, self.size, mode="bicubic", align_corners=False)
+        below = self.rows * self.tile - self.size[0]
+        right = self.columns * self.tile - self.size[1]
+        if below or right:
+            frames = F.pad(frames, (0, right, 0, below))
+        return rearrange(frames, "(b t) c (i h) (j w) -> b i j t c h w", b=len(video), i=self.rows, j=self.columns)
 
     def cut(self, video):
-        """video (B, T, 3, H, W), resized to the finest target scale, padded with 0 -> tiles (B·rows·columns, T, 3, …),
-        b, then row, then column."""
-        x = video.flatten(0, 1)
-        if x.shape[-2:] != self.size:
-            x = F.interpolate(x, self.size, mode="bicubic", align_corners=False)
-        tile = self.sides[-1] * self.patch
-        x = F.pad(x, (0, self.columns * tile - self.size[1], 0, self.rows * tile - self.size[0]))
-        return rearrange(x, "(b t) c (i h) (j w) -> (b i j) t c h w", b=len(video), i=self.rows, j=self.columns)
+        """video (B, T, C, H, W) -> tiles (B·rows·columns, T, C, tile, tile): clip, then row, then column."""
+        return self.views(video).flatten(0, 2)
 
     def repeat(self, value):
         """Values per clip and frame -> per tile and frame; others as they are."""
@@ -202,13 +436,18 @@ class Tiling:
         return torch.as_tensor(value).repeat_interleave(self.rows * self.columns, dim=0)
 
     def join(self, masks):
-        """gazing_mask of the tiles -> gaze dict of whole frames, with gazing_mask; ids count the target's patches."""
-        whole = [rearrange(m, "(b i j) t (h w) -> b t (i h) (j w)", i=self.rows, j=self.columns, h=g)[:, :, :h, :w]
-                 .flatten(2) for m, g, (h, w) in zip(masks, self.sides, self.grids, strict=True)]
-        seen, frames = torch.cat(whole, dim=2).bool(), []
-        for t, frame in enumerate(seen.unbind(1)):
-            n = frame.sum(1, keepdim=True)
-            padded = torch.arange(int(n.max()), device=n.device) >= n
-            frames.append((pack_front(frame)[0][:, :padded.shape[1]] + seen.shape[2] * t, padded))
-        return join_frames(frames) | {"gazing_mask": whole}
+        """gazing_mask of the tiles -> gazing of whole frames, with gazing_mask; ids count the target's patches."""
+        whole = []
+        for mask, side, (n_rows, n_columns) in zip(masks, self.sides, self.grids, strict=True):
+            joined = rearrange(mask, "(b i j) t (h w) -> b t (i h) (j w)", i=self.rows, j=self.columns, h=side)
+            whole.append(joined[:, :, :n_rows, :n_columns].flatten(2))
+        gazed = torch.cat(whole, dim=2).bool()  # (B, T, V)
 
+        frames = []
+        for t, frame in enumerate(gazed.unbind(1)):
+            count = frame.sum(1, keepdim=True)
+            n_t = int(count.max())
+            ids = pack_front(frame)[0][:, :n_t]
+            padded = torch.arange(n_t, device=ids.device) >= count
+            frames.append((ids + gazed.shape[2] * t, padded))
+        return join_frames(frames) | {"gazing_mask": whole}

@@ -253,7 +253,7 @@ def damaged_config(folder, make, change):
       for m in (tiny_gaze, tiny_mae) for change, says in (
           (lambda _: "{", "not valid JSON"), (lambda _: "[]", "expected an object"),
           (lambda text: text.replace("16+32", "x+y"), r"scales='x\+y'"),
-          (lambda text: text.replace('"hidden_size": 32', '"hidden_size": null'), "NoneType"))),
+          (lambda text: text.replace('"hidden_size": 32', '"hidden_size": null'), "hidden_size=None"))),
     *((lambda f, toy, name=name: Gaze.from_pretrained(name), FileNotFoundError, "none has no config.json")
       for name in ("out/none", "./none/none", "/none", "../none/none")),
     (lambda f, toy: VideoMAE.from_pretrained("./none/none"), FileNotFoundError, "none/none.* no VideoMAE weights"),
