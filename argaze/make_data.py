@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from argaze.data import EGO4D_FPS
+from argaze.formats import EGO4D_FPS
 from lib import configurator
 from make_data import write_video
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from argaze import data, make_data
+from argaze import data, formats, make_data
 from data import VideoError
 
 GOLDEN = Path(__file__).parent / "golden" / "argaze_data"
@@ -37,7 +37,7 @@ def broken(tmp_path):
 @pytest.mark.parametrize("video", ["OP99-R01-Toast", "P98-R02-Soup"])
 def test_both_begaze_exports_are_read_as_published(video):
     expected = EXPECTED["egtea"][video]
-    table = data.egtea_gaze(GOLDEN / "egtea", video)
+    table = formats.egtea_gaze(GOLDEN / "egtea", video)
     want = np.zeros((expected["n_rows"], 3), np.float32)
     for row, values in expected["rows"].items():
         want[int(row)] = values
@@ -45,61 +45,62 @@ def test_both_begaze_exports_are_read_as_published(video):
 
 
 def test_egtea_clips_are_sampled_at_the_published_frames():
-    clips = data.egtea_clips(GOLDEN / "egtea", "test")
-    for (video, name, windows), want in zip(clips, EXPECTED["egtea"]["clips"], strict=True):
-        assert (video, name) == (want["video"], want["clip"])
-        assert data.sample_frames("egtea", windows[0], 8, 8).tolist() == want["eval_global_frames"]
+    clips = formats.egtea_clips(GOLDEN / "egtea", "test")
+    for clip, want in zip(clips, EXPECTED["egtea"]["clips"], strict=True):
+        assert (clip.video, clip.name) == (want["video"], want["clip"])
+        assert formats.sample_frames("egtea", clip.windows[0], 8, 8).tolist() == want["eval_global_frames"]
 
 
 @pytest.mark.parametrize("case", NUMBERS["sampling_egtea"])
 def test_a_random_start_in_egtea_gives_the_published_frames(case):
     first, end = case["F"][0] - 1, case["F"][1]
     room = max(1e-9, end - first - 64)
-    frames = data.sample_frames("egtea", (first, end), 8, 8, case["start"] / room)
+    frames = formats.sample_frames("egtea", (first, end), 8, 8, case["start"] / room)
     assert frames.tolist() == case["global_frame_and_label_row"]
 
 
 def test_ego4d_frame_labels_are_made_and_read_as_published():
     raw = GOLDEN / "ego4d" / "gaze" / f"{EGO4D}.csv"
-    rows = data.label_ego4d(raw, EXPECTED["ego4d"]["video"]["frames"])
-    np.testing.assert_allclose(rows, EXPECTED["ego4d"]["frame_label"], atol=1e-12)
-    table = data.ego4d_gaze(GOLDEN / "ego4d", EGO4D)
-    np.testing.assert_allclose(table, np.array(rows)[:, 1:], atol=1e-7)
+    want = np.array(EXPECTED["ego4d"]["frame_label"])
+    assert want[:, 0].tolist() == list(range(20))
+    np.testing.assert_allclose(formats.label_ego4d(raw, 20), want[:, 1:], atol=1e-12)
+    np.testing.assert_allclose(formats.ego4d_gaze(GOLDEN / "ego4d", EGO4D), want[:, 1:], atol=1e-7)
 
 
 def test_ego4d_clips_leave_out_what_touches_an_untracked_interval():
-    intervals = data.untracked_intervals(GOLDEN / "ego4d" / "ego4d_gaze_untracked.csv")
-    assert data.cut_ego4d(EGO4D, 47.3, intervals[EGO4D]) == EXPECTED["ego4d"]["clips_of_a_47_3_s_video"]
+    intervals = formats.untracked_intervals(GOLDEN / "ego4d" / "ego4d_gaze_untracked.csv")
+    assert formats.cut_ego4d(EGO4D, 47.3, intervals[EGO4D]) == EXPECTED["ego4d"]["clips_of_a_47_3_s_video"]
 
 
 def test_ego4d_windows_and_their_frames_are_the_published_ones():
-    clips = data.ego4d_clips(GOLDEN / "ego4d", "test")
-    windows = {name: [list(window) for window in places] for _, name, places in clips}
+    clips = formats.ego4d_clips(GOLDEN / "ego4d", "test")
+    windows = {clip.name: [list(window) for window in clip.windows] for clip in clips}
     assert windows == EXPECTED["ego4d"]["windows"]
-    assert data.sample_frames("ego4d", (64, 128), 8, 8).tolist() == EXPECTED["ego4d"]["frames_of_window_64_128"]
+    assert formats.sample_frames("ego4d", (64, 128), 8, 8).tolist() == EXPECTED["ego4d"]["frames_of_window_64_128"]
     drawn = NUMBERS["sampling_ego4d"][1]
     share = drawn["train_start"] / (150 - 64)
-    assert data.sample_frames("ego4d", (150, 300), 8, 8, share).tolist() == drawn["frames"]
+    assert formats.sample_frames("ego4d", (150, 300), 8, 8, share).tolist() == drawn["frames"]
 
 
 @pytest.mark.parametrize("split", ["train", "test_iid"])
 def test_egoexo4d_windows_have_the_published_frames_times_and_gaze(split):
     root = GOLDEN / "egoexo4d"
-    clips = data.egoexo4d_clips(root, split, 8)
+    clips = formats.egoexo4d_clips(root, split, 8)
     assert len(clips) == len(EXPECTED["egoexo4d"][split])
-    for (take, _, windows, stride), want in zip(clips, EXPECTED["egoexo4d"][split], strict=True):
-        frames = data.sample_frames("egoexo4d", windows[0], 8, stride)
+    for clip, want in zip(clips, EXPECTED["egoexo4d"][split], strict=True):
+        take = clip.video
+        frames = formats.sample_frames("egoexo4d", clip.windows[0], 8, clip.stride)
         assert take == want["take"] and frames.tolist() == want["frame_numbers"]
-        assert data.frame_times(root, take, "aria01_214-1")[frames].tolist() == want["timestamps_ns"]
+        assert formats.frame_times(root, take, "aria01_214-1")[frames].tolist() == want["timestamps_ns"]
 
-        rows = data.fill_gaps(data.egoexo4d_gaze(root, take)[frames])
+        rows = formats.fill_gaps(formats.egoexo4d_gaze(root, take, "aria01_214-1")[frames])
         seen = rows[:, 2:] >= 0.5
         np.testing.assert_array_equal(np.where(seen, rows, np.float32([0.5, 0.5, 0])),
                                       np.float32(want["x_y_visible"]))
 
 
 def test_an_egoexo4d_row_that_is_too_short_gives_no_window():
-    assert data.egoexo4d_clips(GOLDEN / "egoexo4d", "val", 8) == EXPECTED["egoexo4d"]["val"] == []
+    assert formats.egoexo4d_clips(GOLDEN / "egoexo4d", "val", 8) == EXPECTED["egoexo4d"]["val"] == []
 
 
 # ---- maps and crops
@@ -234,18 +235,18 @@ def test_a_bad_frame_label_names_file_and_line(broken, text, message):
     path = broken / "ego4d" / "gaze_frame_label" / f"{EGO4D}_frame_label.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        data.ego4d_gaze(broken / "ego4d", EGO4D)
+        formats.ego4d_gaze(broken / "ego4d", EGO4D)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("old, new, message", [
     ("\t640.00\t", "\tNaN\t", "line 35: 'NaN' is not a number"), ("\t0\tFixation", "\tFixation", "line 35: 6 fields"),
-    ("## Number of Samples:", "## Samples:", "not a BeGaze export")])
+    ("## Number of Samples:", "## Samples:", "no BeGaze export")])
 def test_a_bad_begaze_export_names_file_and_line(broken, old, new, message):
     path = broken / "egtea" / "gaze_data" / "OP99-R01-Toast.txt"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message) as error:
-        data.egtea_gaze(broken / "egtea", "OP99-R01-Toast")
+        formats.egtea_gaze(broken / "egtea", "OP99-R01-Toast")
     assert str(path) in str(error.value)
 
 
@@ -253,10 +254,10 @@ def test_a_window_outside_of_its_clip_is_an_error(broken):
     path = broken / "ego4d" / "test_ego4d_gaze_stride8.csv"
     path.write_text(f"{EGO4D}/{EGO4D}_t0_t5.mp4,100,164\n")
     with pytest.raises(ValueError, match="line 1: the window 100..164 is not part"):
-        data.ego4d_clips(broken / "ego4d", "test")
+        formats.ego4d_clips(broken / "ego4d", "test")
 
 
-@pytest.mark.parametrize("text, message", [("name,frame,x\n1,2,3\n", "a text file and no video"), (None, "missing")])
+@pytest.mark.parametrize("text, message", [("name,frame,x\n1,2,3\n", "is text and no video"), (None, "missing")])
 def test_a_clip_that_is_no_video_is_replaced_with_a_warning(gaze_toy, tmp_path, text, message):
     root = shutil.copytree(gaze_toy, tmp_path / "toy")
     clips = data.GazeClips("ego4d", root, "test", size=64, stride=1)
@@ -283,3 +284,61 @@ def test_a_set_without_any_tracked_frame_is_an_error(gaze_toy, tmp_path):
     (root / "gaze_frame_label" / "test_frame_label.csv").write_text("frame,x,y,gaze_type\n0,0,0,3\n")
     with pytest.raises(ValueError, match="gaze is tracked in no frame of its 6 clips"):
         data.GazeClips("ego4d", root, "test", size=64, stride=1)
+
+
+# ---- commands
+
+def command(*args):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.argv", ["argaze.data", *map(str, args)])
+        data.main()
+    return end.value.code
+
+
+def test_check_says_what_is_there(gaze_toy, capsys):
+    assert not command("check", f"--root={gaze_toy}", "--stride=1")
+    text = capsys.readouterr().out
+    assert "Ego4D" in text and "6 clips of 1 videos" in text and "PROBLEM" not in text
+
+
+def test_check_says_what_is_missing(broken, capsys):
+    (broken / "ego4d" / "gaze" / "x.mp4").write_text("c0,timestamp_s,x,y\n")
+    assert command("check", f"--root={broken / 'ego4d'}")
+    text = capsys.readouterr().out
+    assert "train_ego4d_gaze.csv is missing" in text and "0 of 2 clips" in text
+    assert "x.mp4 is a csv file saved as .mp4: rename it to x.csv" in text
+
+
+def test_frames_written_as_pictures_give_the_same_item(gaze_toy, tmp_path):
+    assert not command("frames", f"--root={gaze_toy}", f"--frames={tmp_path}", "--splits=test")
+    movie = data.GazeClips("ego4d", gaze_toy, "test", size=64, stride=1)[3]
+    pictures = data.GazeClips("ego4d", gaze_toy, "test", size=64, stride=1, frames=tmp_path)[3]
+    assert torch.equal(movie["points"], pictures["points"])
+    assert (movie["video"].float() - pictures["video"].float()).abs().mean() < 3
+    (tmp_path / "test" / "000090.jpg").unlink()
+    data.picture_names.cache_clear()
+    assert command("check", f"--root={gaze_toy}", f"--frames={tmp_path}", "--splits=test", "--stride=1")
+
+
+def test_labels_of_raw_gaze_are_what_training_reads(broken, gaze_toy):
+    root = broken / "ego4d"
+    movie = root / "full_scale.gaze" / f"{EGO4D}.mp4"
+    movie.parent.mkdir()
+    shutil.copy(next(gaze_toy.glob("clips.gaze/test/*.mp4")), movie)
+    want = formats.ego4d_gaze(root, EGO4D)[:8]
+    shutil.rmtree(root / "gaze_frame_label")
+    assert not command("labels", f"--root={root}")
+    np.testing.assert_allclose(formats.ego4d_gaze(root, EGO4D), want, atol=1e-6)
+
+
+def test_labels_need_the_list_of_untracked_intervals(broken, capsys):
+    (broken / "ego4d" / "ego4d_gaze_untracked.csv").unlink()
+    assert "ego4d_gaze_untracked.csv is missing" in command("labels", f"--root={broken / 'ego4d'}")
+
+
+@pytest.mark.parametrize("dataset", ["egtea", "egoexo4d"])
+def test_labels_of_the_other_sets_hold_their_tables(broken, tmp_path, dataset):
+    assert not command("labels", f"--root={broken / dataset}", f"--labels={tmp_path / 'labels'}", "--splits=test")
+    clip = formats.list_clips(dataset, broken / dataset, "test")[0]
+    rows = np.loadtxt(tmp_path / "labels" / f"{clip.video}_frame_label.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(rows[:, 1:], formats.read_gaze(dataset, broken / dataset, clip), atol=1e-6)
