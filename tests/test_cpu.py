@@ -1,4 +1,4 @@
-"""linear.py and what attention.py makes of it: the same figures as PyTorch's own operators."""
+"""lib/cpu.py and what lib/attention.py makes of it: the same figures as PyTorch's own operators."""
 import pytest
 import torch
 import torch.nn as nn
@@ -7,15 +7,17 @@ from conftest import normal_video, tiny_gaze
 from torch.testing import assert_close as close
 
 import lib.attention as attention
-import lib.cpu as linear
+import lib.cpu as cpu
 
-needs_onednn = pytest.mark.skipif(not linear.HERE, reason="a processor without AVX-512, or PyTorch without oneDNN")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch without oneDNN")
 
 
 @pytest.fixture(autouse=True)
-def nothing_too_small(monkeypatch):
-    monkeypatch.setattr(linear, "SMALL", 0)
-    monkeypatch.setattr(attention, "FEW", 0)
+def everything_is_large_and_onednn_is_faster(monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", HAS_ONEDNN)
+    monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS_PER_HEAD", 0)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -25,7 +27,7 @@ def test_output_and_gradients(shape, N, with_bias):
     torch.manual_seed(0)
     values = [torch.randn(shape), torch.randn(N, 24), torch.randn(N) if with_bias else None]
     results = []
-    for function in (F.linear, linear.linear):
+    for function in (F.linear, cpu.linear):
         x, w, b = (None if v is None else v.clone().requires_grad_() for v in values)
         y = function(x, w, b)
         (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
@@ -38,7 +40,7 @@ def test_frozen_weights_and_frozen_input():
     x, w = torch.randn(6, 24), torch.randn(40, 24)
     for frozen in (0, 1):
         grads = []
-        for function in (F.linear, linear.linear):
+        for function in (F.linear, cpu.linear):
             a, b = x.clone().requires_grad_(frozen != 0), w.clone().requires_grad_(frozen != 1)
             function(a, b).sum().backward()
             grads.append((a.grad, b.grad))
@@ -50,7 +52,7 @@ def test_frozen_weights_and_frozen_input():
 @needs_onednn
 def test_a_second_derivative_is_refused():
     x, w = torch.randn(6, 24, requires_grad=True), torch.randn(40, 24)
-    grad, = torch.autograd.grad(linear.linear(x, w).square().sum(), x, create_graph=True)
+    grad, = torch.autograd.grad(cpu.linear(x, w).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -59,27 +61,27 @@ def test_a_second_derivative_is_refused():
                                     lambda w: w.repeat(2, 1)[::2], lambda w: w.unsqueeze(1).expand(-1, 3, -1)[:, 1]])
 def test_weights_that_are_not_contiguous(change):
     x, w = torch.randn(6, 24), change(torch.randn(40, 24))
-    close(linear.linear(x, w), F.linear(x, w))
+    close(cpu.linear(x, w), F.linear(x, w))
     x = x.T.contiguous().T
-    close(linear.linear(x, w), F.linear(x, w))
+    close(cpu.linear(x, w), F.linear(x, w))
 
 
 @needs_onednn
 def test_packed_weights():
     x, w = torch.randn(2, 10, 192), torch.randn(576, 192)
-    packed = linear.pack(w)
+    packed = cpu.pack(w)
     assert packed.is_mkldnn
-    close(linear.linear(x, packed), F.linear(x, w), rtol=1e-4, atol=1e-4)
+    close(cpu.linear(x, packed), F.linear(x, w), rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):  # packed before: stays float32
-        close(linear.linear(x.bfloat16(), packed), F.linear(x.bfloat16(), w).float(), rtol=0.02, atol=0.3)
-        assert not linear.pack(w).is_mkldnn
-    assert not linear.pack(w.bfloat16()).is_mkldnn and not linear.pack(w[:10]).is_mkldnn
+        close(cpu.linear(x.bfloat16(), packed), F.linear(x.bfloat16(), w).float(), rtol=0.02, atol=0.3)
+        assert not cpu.pack(w).is_mkldnn
+    assert not cpu.pack(w.bfloat16()).is_mkldnn and not cpu.pack(w[:10]).is_mkldnn
 
 
 @needs_onednn
 def test_who_gets_it_and_how_to_switch_it_off(monkeypatch):
-    calls, x, layer = [], torch.randn(6, 24), linear.quicken(nn.Sequential(nn.Linear(24, 40)))
-    monkeypatch.setattr(linear, "onednn", lambda *a: calls.append(a) or F.linear(*a))
+    calls, x, layer = [], torch.randn(6, 24), cpu.quicken(nn.Sequential(nn.Linear(24, 40)))
+    monkeypatch.setattr(cpu, "onednn_linear", lambda *a: calls.append(a) or F.linear(*a))
     layer(x)
     assert len(calls) == 1
     with torch.autocast("cpu", torch.bfloat16):
@@ -91,29 +93,73 @@ def test_who_gets_it_and_how_to_switch_it_off(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("called", ["attend_by_head", "with keep", "causal_attention", "block_causal_attention"])
-def test_attention_by_head(dtype, called, monkeypatch):
+@pytest.fixture
+def by_head(monkeypatch):
+    """Counts the products that attention computes head by head."""
+    calls = []
+    real = cpu.attention_probabilities
+    monkeypatch.setattr(cpu, "attention_probabilities", lambda *a: calls.append(1) or real(*a))
+    return calls
+
+
+def queries_keys_values(n_queries, n_keys, dtype=torch.float32):
     torch.manual_seed(0)
-    n = 300 if called == "block_causal_attention" else 14
-    q, k, v = (torch.randn(2, 3, n, 8).to(dtype) for n in (n, 300, 300))
-    keep, used = torch.rand(2, 300) < 0.7, []
-    keep[:, 0] = True
-    function, *rest = {
-        "attend_by_head": (attention.attend_by_head,), "with keep": (attention.attend_by_head, keep),
-        "causal_attention": (attention.causal_attention,),
-        "block_causal_attention": (attention.block_causal_attention, [40, 40, 170, 300], keep)}[called]
-    ends = torch.tensor([40] * 40 + [170] * 130 + [300] * 130).unsqueeze(1)
-    mask = {"attend_by_head": None, "with keep": keep[:, None, None],
-            "causal_attention": torch.ones(14, 300, dtype=torch.bool).tril(286),
-            "block_causal_attention": (torch.arange(300) < ends) & keep[:, None, None]}[called]
+    return [torch.randn(2, 3, n, 8).to(dtype) for n in (n_queries, n_keys, n_keys)]
+
+
+def assert_attends(got, q, k, v, mask):
     want = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    real = attention.probabilities
-    monkeypatch.setattr(attention, "probabilities", lambda *a: used.append(1) or real(*a))
-    with torch.no_grad():
-        got = function(q, k, v, *rest)
-    close(got.float(), want, **dict(rtol=0.02, atol=0.01) if dtype == torch.bfloat16 else {})
-    assert used or not linear.HERE
+    close(got.float(), want, **dict(rtol=0.02, atol=0.01) if q.dtype == torch.bfloat16 else {})
+
+
+both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@both_types
+@pytest.mark.parametrize("with_mask", [False, True])
+@torch.no_grad()
+def test_attention_by_head(by_head, dtype, with_mask):
+    q, k, v = queries_keys_values(14, 300, dtype)
+    mask = torch.rand(2, 1, 1, 300) < 0.7 if with_mask else None
+    assert_attends(cpu.scaled_dot_product_attention(q, k, v, attn_mask=mask), q, k, v, mask)
+    assert by_head or not HAS_ONEDNN
+
+
+@both_types
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("n_queries, n_keys", [(1, 30), (10, 30), (80, 300), (300, 300)])
+@torch.no_grad()
+def test_causal_attention(monkeypatch, by_head, dtype, large, n_queries, n_keys):
+    monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS_PER_HEAD", 0 if large else 1e9)
+    q, k, v = queries_keys_values(n_queries, n_keys, dtype)
+    mask = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+    assert_attends(attention.causal_attention(q, k, v), q, k, v, mask)
+    if n_queries > 64:
+        assert bool(by_head) == large or not HAS_ONEDNN
+
+
+@both_types
+@pytest.mark.parametrize("n_tokens", [60, 300])
+@torch.no_grad()
+def test_block_causal_attention(by_head, dtype, n_tokens):
+    q, k, v = queries_keys_values(n_tokens, n_tokens, dtype)
+    keep = torch.rand(2, n_tokens) < 0.7
+    keep[:, 0] = True
+    ends = [20, 20, 45, n_tokens]
+    end_of_token = torch.tensor([20] * 20 + [45] * 25 + [n_tokens] * (n_tokens - 45)).unsqueeze(1)
+    mask = (torch.arange(n_tokens) < end_of_token) & keep[:, None, None]
+    assert_attends(attention.block_causal_attention(q, k, v, ends, keep), q, k, v, mask)
+    assert bool(by_head) == (n_tokens > 256) or not HAS_ONEDNN
+
+
+def test_a_mask_made_for_inference_serves_training_too():
+    attention.causal_mask.cache_clear()
+    q, k, v = queries_keys_values(10, 30)
+    with torch.inference_mode():
+        attention.causal_attention(q, k, v)
+    q.requires_grad_()
+    attention.causal_attention(q, k, v).sum().backward()
+    assert q.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("past", [0, 5])
@@ -124,7 +170,7 @@ def test_causal_attention_has_the_same_gradients(past):
     mask = torch.ones(L, past + L, dtype=torch.bool).tril(past)
     results = []
     for function in (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
-                     attention.CausalByHead.apply):
+                     cpu.CausalByHead.apply):
         q, k, v = (x.clone().requires_grad_() for x in values)
         y = function(q, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)))  # as a model has them
         (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
@@ -137,8 +183,8 @@ def test_causal_attention_has_the_same_gradients(past):
 def test_training_has_the_same_gradients(monkeypatch):
     gaze, video = tiny_gaze(), normal_video(2)
     gazing, used = gaze.generate(video, gazing_ratio=0.5), []
-    apply = attention.CausalByHead.apply
-    monkeypatch.setattr(attention.CausalByHead, "apply", lambda *a: used.append(1) or apply(*a))
+    apply = cpu.CausalByHead.apply
+    monkeypatch.setattr(cpu.CausalByHead, "apply", lambda *a: used.append(1) or apply(*a))
     gradients = []
     for enabled in (True, False):
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
