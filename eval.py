@@ -32,7 +32,7 @@ from tqdm import tqdm
 import viz
 from codec import read_motion
 from data import Clips, count_frames, from_model_pixels, to_model_pixels
-from gazing import Tiling, from_lists, last_slots, one_clip, parse_alpha, random_gazing, split_ratio, to_budgets
+from gazing import Tiling, from_lists, last_slots, one_clip, parse_alpha, random_gazing, sheet, split_ratio, to_budgets
 from label import greedy
 from lib import configurator, run
 from lib.checkpoint import write_whole
@@ -491,8 +491,8 @@ def main():
     print_columns("loss at ratio", {r: {name: row["loss"] for name, row in t.items()} for r, t in results.items()})
     print_table(results[headline], headline, c)
     for name, (video, gazing, recon, loss) in pictures.items():
-        viz.sheet(out / f"gaze_{name}.png", video[0], one_clip(gazing, 0), c, reconstruction=recon[0],
-                  losses=loss[0].tolist(), title=f"{name}: loss {loss[0].mean():.3f}")
+        sheet(out / f"gaze_{name}.png", video[0], one_clip(gazing, 0), c, reconstruction=recon[0],
+              losses=loss[0].tolist(), title=f"{name}: loss {loss[0].mean():.3f}")
     plot(results, c, cfg.target_loss, out)
     if cfg.target_loss:
         report["needed"] = needed_ratios(results, cfg.target_loss)

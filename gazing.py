@@ -451,3 +451,71 @@ class Tiling:
             padded = torch.arange(n_t, device=ids.device) >= count
             frames.append((ids + gazed.shape[2] * t, padded))
         return join_frames(frames) | {"gazing_mask": whole}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures. What draws them is imported where it is used: models need neither video files nor Pillow
+
+SCALE_COLORS = ("#ff5a5f", "#ffb400", "#3ddc84", "#4aa8ff", "#c77dff")  # coarse to fine
+
+
+def to_picture(frame, size=None):
+    """A frame of model pixels (3, H, W), resized as the model resizes to its scales -> (h, w, 3) uint8."""
+    from data import from_model_pixels
+    frame = frame.detach().float().cpu()
+    if size is not None and frame.shape[-2:] != tuple(size):
+        frame = F.interpolate(frame.unsqueeze(0), tuple(size), mode="bicubic", align_corners=False)[0]
+    pixels = from_model_pixels(frame).mul(255).round()
+    return pixels.byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def paste_patches(canvas, picture, boxes):
+    """Copy what lies in the boxes (n, 4) from a picture onto a canvas (H, W, 3) of the same size, in place."""
+    for y0, x0, y1, x1 in boxes.round().int().tolist():
+        canvas[y0:y1, x0:x1] = picture[y0:y1, x0:x1]
+
+
+def outline_patches(picture, boxes, scale, width=2):
+    """Draw boxes (n, 4) in the colour of their scale."""
+    from lib import video_out
+    color = SCALE_COLORS[scale % len(SCALE_COLORS)]
+    return video_out.draw_boxes(picture, boxes[:, [1, 0, 3, 2]], color, width)
+
+
+def sheet(path, video, gazing, config, reconstruction=None, title="", losses=None):
+    """Save a contact sheet of one clip as PNG: rows video, gazes, gazed pixels and reconstruction, a column per frame.
+
+    video (T, 3, R, R) and reconstruction (T, 3, R, R): model pixels; gazing: of one clip; losses: T numbers.
+    """
+    from lib import video_out
+    cell = config.scale_list[-1] * max(1, round(160 / config.scale_list[-1]))
+    where = locate(gazing, config, crop=(0, 0, cell))
+    pictures = {"video": [], "gazes": [], "gazed pixels": []}
+    titles = []
+
+    for t, frame in enumerate(video):
+        picture = video_out.resize(to_picture(frame), cell, cell)
+        outlined = picture // 2
+        gazed = np.full_like(picture, 64)
+
+        # this frame's patches, coarse to fine: fine ones cover coarse ones
+        real = where["frame"][0] == t  # padded slots have -1
+        for s, side in enumerate(config.scale_list):
+            boxes = where["box"][0, real & (where["scale"][0] == s)].cpu()
+            resolved = video_out.resize(to_picture(frame, (side, side)), cell, cell)
+            paste_patches(gazed, resolved, boxes)
+
+            # finer outlines lie further inside, so that all are seen where they meet
+            inside = torch.tensor([s, s, -s, -s])
+            outlined = outline_patches(outlined, boxes + inside, s)
+
+        pictures["video"].append(picture)
+        pictures["gazes"].append(outlined)
+        pictures["gazed pixels"].append(gazed)
+        titles.append(f"t={t}  {int(real.sum())} gazes")
+
+    if reconstruction is not None:
+        pictures["reconstruction"] = [to_picture(frame) for frame in reconstruction]
+    captions = [] if losses is None else [f"loss {loss:.3f}" for loss in losses]
+    legend = {f"scale {side} px": SCALE_COLORS[s % len(SCALE_COLORS)] for s, side in enumerate(config.scale_list)}
+    video_out.contact_sheet(path, pictures, titles, captions, legend, title, cell)

@@ -20,9 +20,8 @@ from typing import Literal
 import torch
 
 import model
-import viz
 from data import Clips, collate, to_model_pixels
-from gazing import draw_ratio, last_slots, one_clip, parse_alpha, split_frames, split_ratio
+from gazing import draw_ratio, last_slots, one_clip, parse_alpha, sheet, split_frames, split_ratio
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
@@ -276,8 +275,8 @@ def main():
             metrics, picture = validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
             log.write(step, total, step - start, **metrics)
             if rank == 0:
-                viz.sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2][0],
-                          title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+                sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2][0],
+                      title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
             best = keep_best(gaze, out, metrics["val_loss"], best, rank)
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)

@@ -18,9 +18,8 @@ from typing import Literal
 import torch
 
 import model
-import viz
 from data import Clips, collate, collate_gaze, to_model_pixels
-from gazing import last_slots, one_clip, parse_alpha, split_ratio
+from gazing import last_slots, one_clip, parse_alpha, sheet, split_ratio
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.labels import check_labels, load_labels
@@ -243,9 +242,9 @@ def main():
             log.write(step, total, step - start, **labelled, **metrics)
             best = keep_best(gaze, out, labelled["val_ntp"], best, rank)
             if rank == 0:
-                viz.sheet(out / "val.png", *picture[:2], gaze.config,
-                          reconstruction=picture[2] if mae is None else picture[2][0],
-                          title=f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+                sheet(out / "val.png", *picture[:2], gaze.config,
+                      reconstruction=picture[2] if mae is None else picture[2][0],
+                      title=f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)
             save_state(out / "last.pt", state_of(step, gaze, optimizer, scaler, best, cfg, world))

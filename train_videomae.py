@@ -17,9 +17,8 @@ from typing import Literal
 
 import torch
 
-import viz
 from data import Clips, collate, to_model_pixels
-from gazing import as_sides, draw_ratio, one_clip, parse_alpha, random_gazing, split_ratio, to_budgets
+from gazing import as_sides, draw_ratio, one_clip, parse_alpha, random_gazing, sheet, split_ratio, to_budgets
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
@@ -186,8 +185,8 @@ def main():
             val_loss, picture = evaluate(mae, val_loader, cfg, device)
             log.write(step, cfg.steps, step - start, val_loss=val_loss)
             if rank == 0:
-                viz.sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],
-                          title=f"step {step}: loss {val_loss:.3f}")
+                sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],
+                      title=f"step {step}: loss {val_loss:.3f}")
             best = keep_best(mae, out, val_loss, best, rank)
             mae.train()
         if (step % cfg.save_every == 0 or step == cfg.steps or stop) and rank == 0:

@@ -10,87 +10,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from data import from_model_pixels
+from gazing import sheet  # noqa: F401
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 COLORS = ["#ff5a5f", "#ffb400", "#3ddc84", "#4aa8ff", "#c77dff"]  # coarse to fine
-
-
-def to_image(x):
-    """Normalised pixels (3, R, R) -> (R, R, 3) floats in 0..1."""
-    return from_model_pixels(x.float().cpu()).permute(1, 2, 0).numpy()
-
-
-def gazed_boxes(gazing, config, row=0):
-    """Per frame, a list of (scale index, y0, x0, side) in pixels of the finest scale, in the order of gazing."""
-    V, out, at = config.num_ids, [], 0
-    starts = np.cumsum([0, *config.ids_per_scale])
-    for t, n_t in enumerate(gazing["num_gazing_each_frame"].tolist()):
-        boxes = []
-        slots = (gazing[k][row, at:at + n_t].tolist() for k in ("gazing_pos", "if_padded_gazing"))
-        for pos, pad in zip(*slots, strict=True):
-            if not pad:
-                i = pos - V * t
-                s = int(np.searchsorted(starts, i, side="right")) - 1
-                grid = config.scale_list[s] // config.patch_size
-                side = config.scale_list[-1] / grid
-                y, x = divmod(i - int(starts[s]), grid)
-                boxes.append((s, y * side, x * side, side))
-        out.append(boxes)
-        at += n_t
-    return out
-
-
-def gazed_pixels(frame, boxes, config):
-    """What the encoder is given of one frame (3, R, R): gazed patches as their scale resolves them, the rest grey."""
-    R = config.scale_list[-1]
-    out = np.full((R, R, 3), 0.25, dtype=np.float32)
-    for s in sorted({b[0] for b in boxes}):  # fine patches cover coarse ones
-        side = config.scale_list[s]
-        small = F.interpolate(frame[None].float().cpu(), (side, side), mode="bicubic", align_corners=False)
-        image = to_image(F.interpolate(small, (R, R), mode="nearest")[0])
-        for _, y, x, n in (b for b in boxes if b[0] == s):
-            y0, y1, x0, x1 = round(y), round(y + n), round(x), round(x + n)
-            out[y0:y1, x0:x1] = image[y0:y1, x0:x1]
-    return out
-
-
-def sheet(path, video, gazing, config, reconstruction=None, title="", losses=None):
-    """Contact sheet of one clip: rows frame / gazes drawn on it / gazed pixels / reconstruction, a column per frame.
-
-    video (T, 3, R, R) normalised; gazing: dict of one clip; reconstruction (T, 3, R, R) or None.
-    """
-    boxes = gazed_boxes(gazing, config)
-    T, R = len(video), config.scale_list[-1]
-    names = ["video", "gazes", "gazed pixels"] + ([] if reconstruction is None else ["reconstruction"])
-    fig, axes = plt.subplots(len(names), T, figsize=(max(1.45 * T + 0.7, 4.5), 1.5 * len(names) + 0.7), squeeze=False)
-    for t in range(T):
-        image = to_image(video[t])
-        rows = [image, 0.55 * image, gazed_pixels(video[t], boxes[t], config)]
-        if reconstruction is not None:
-            rows.append(to_image(reconstruction[t]))
-        for r, picture in enumerate(rows):
-            ax = axes[r, t]
-            ax.imshow(picture, extent=(0, R, R, 0), interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if t == 0:
-                ax.set_ylabel(names[r], fontsize=8)
-        for s, y, x, n in boxes[t]:
-            inset = min(0.01 * R * (1 + s), 0.15 * n)
-            axes[1, t].add_patch(plt.Rectangle((x + inset, y + inset), n - 2 * inset, n - 2 * inset, fill=False, lw=1.3,
-                                               ec=COLORS[s % len(COLORS)]))
-        axes[0, t].set_title(f"t={t}  {len(boxes[t])} gazes", fontsize=7)
-        if losses is not None:
-            axes[-1, t].set_xlabel(f"loss {losses[t]:.3f}", fontsize=7)
-    scales = "   ".join(f"{n} px" for n in config.scale_list)
-    handles = [plt.Line2D([], [], color=COLORS[s % len(COLORS)], lw=2, label=f"scale {n} px")
-               for s, n in enumerate(config.scale_list)]
-    fig.legend(handles=handles, loc="lower center", ncol=len(handles), fontsize=7, frameon=False)
-    fig.suptitle(title or scales, fontsize=9)
-    fig.tight_layout(rect=(0, 0.04, 1, 0.97))
-    save_figure(fig, path)
 
 
 def save_figure(fig, path):

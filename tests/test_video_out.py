@@ -4,8 +4,12 @@ import os
 import av
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_gaze
 from PIL import Image
 
+from data import to_model_pixels
+from gazing import sheet
 from lib import video_out
 from lib.video_out import VideoWriter
 
@@ -101,3 +105,26 @@ def test_panels_stand_side_by_side_under_their_labels():
     assert frame.shape == (26 + 33, 60 + 4 + 60, 3)
     assert (frame[26:, :45] == GREY).all() and (frame[26:, 64:109] == GREY).all()
     assert frame[:26, :60].max() > 200
+
+
+def test_a_sheet_shows_gazed_pixels_and_outlines_where_the_patches_lie(tmp_path):
+    """One coarse patch, top right, in frame 0; one fine patch, bottom left, in frame 1; a padded slot shows nothing."""
+    config = tiny_gaze().config  # 16+32 px, patch 8: ids 0..3 and 4..19; cells of 160 px, 40 px per fine patch
+    gazing = {"gazing_pos": torch.tensor([[1, 9, 20 + 16]]),
+              "if_padded_gazing": torch.tensor([[False, True, False]]), "num_gazing_each_frame": torch.tensor([2, 1])}
+    video = to_model_pixels(torch.full((2, 3, 32, 32), 200))
+    sheet(tmp_path / "a.png", video, gazing, config, reconstruction=video, title="A clip", losses=[0.1, 0.2])
+    picture = np.array(Image.open(tmp_path / "a.png")).astype(int)
+
+    def cell(row, column):
+        y = 44 + 164 * row
+        x = 22 + 164 * column
+        return picture[y:y + 160, x:x + 160]
+
+    assert (cell(0, 0) == 200).all() and (cell(3, 1) == 200).all()
+    for column, rows, columns in ((0, slice(0, 80), slice(80, 160)), (1, slice(120, 160), slice(0, 40))):
+        want = np.zeros((160, 160), bool)
+        want[rows, columns] = True
+        assert ((cell(2, column) == 200).all(2) == want).all(), "gazed pixels"
+        outline = (cell(1, column) != 100).any(2)
+        assert outline.any() and not outline[~want].any() and not outline[rows, columns].all()
