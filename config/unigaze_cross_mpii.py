@@ -1,0 +1,2 @@
+# Train on MPIIFaceGaze, test on all other sets.
+protocol = "cross_mpii"

@@ -1,0 +1,287 @@
+"""Pre-train the masked autoencoder on faces without labels: a quarter of the patches is shown, the rest is predicted.
+
+    python -m unigaze.train_mae config/toy_unigaze_mae.py                            # 2 CPU cores, two minutes
+    torchrun --nproc_per_node=4 -m unigaze.train_mae config/unigaze_b.py --data=data/faces
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m unigaze.train_mae …
+    python -m unigaze.train config/unigaze_b.py --init_from=out/unigaze_mae          # then train gaze from it
+
+The recipe of MAE (He et al. 2022) with the faces and the augmentation of UniGaze (paper, section 3). The published H
+took 120 hours on 4 H100. Writes out_dir/{config.json, model.safetensors}, metrics.jsonl and faces.png: what is shown,
+what the model makes of it, and the faces.
+"""
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lib import checkpoint, configurator, loader, log, run
+from lib.video_out import contact_sheet
+from unigaze.data import collate, open_sets, protocol, resize
+from unigaze.model import FaceMAE, FaceMAEConfig, imagenet_normalize
+
+
+@dataclass
+class Config:
+    # data
+    data: str = "data/faces"           # folder with a folder of .h5 files per data set (unigaze/README.md)
+    protocol: str = "mae"              # which of them: the sets to train on of a protocol in unigaze/data.py
+    augment: bool = True               # random crops, colours and flips
+    out_dir: str = "out/unigaze_mae"   # weights, metrics.jsonl, faces.png
+    n_workers: int = 8                 # reading processes per training process; 0: read in the training process
+    # model: B/16; config/unigaze_l.py and config/unigaze_h.py are the larger ones
+    image_size: int = 224              # pixels; faces of another size are resized
+    patch_size: int = 16
+    hidden_size: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    decoder_hidden_size: int = 512     # the decoder is thrown away after pre-training
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    mask_ratio: float = 0.75           # share of the patches that is hidden
+    norm_pix_loss: bool = True         # predict every patch's pixels less their mean, over their spread
+    init_from: str = "scratch"         # scratch | resume | folder or file of a masked autoencoder of the same sizes
+    # optimisation: all published
+    epochs: float = 300.0              # passes over the faces
+    steps: int | None = None           # optimizer steps, in place of epochs
+    batch_size: int = 64               # faces at once in EACH process
+    grad_accumulation_steps: int = 8   # batches per optimizer step: 2,048 faces on 4 GPUs
+    blr: float = 1.5e-4                # learning rate per 256 faces of a step
+    warmup_epochs: float = 40.0        # linear from 0; a cosine to 0 follows
+    weight_decay: float = 0.05         # not on biases and norms
+    # run
+    save_every: int = 500              # steps
+    log_every: int = 20                # steps
+    seed: int = 0
+    device: str = "auto"               # auto | cpu | cuda
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
+    tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
+    compile: bool = False              # torch.compile for the training pass; never on a CPU
+    wandb: str | None = None           # project to mirror metrics.jsonl to; none: off
+
+    def check(self):
+        configurator.check_at_least(self, n_workers=0, steps=1, batch_size=1, grad_accumulation_steps=1, seed=0,
+                                    warmup_epochs=0, weight_decay=0, save_every=1, log_every=1)
+        configurator.check_above_zero(self, "epochs", "blr")
+        configurator.check_wandb(self)
+        self.model()
+        protocol(self.protocol)
+
+    def model(self):
+        return FaceMAEConfig(self.image_size, self.patch_size, self.hidden_size, self.depth, self.num_heads, 0.0,
+                             self.decoder_hidden_size, self.decoder_depth, self.decoder_num_heads, self.mask_ratio,
+                             self.norm_pix_loss)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# augmentation
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Faces with a random crop, colour and flip that depend on the seed and the item's index alone."""
+
+    def __init__(self, faces, seed):
+        self.faces = faces
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.faces)
+
+    def __getitem__(self, index):
+        item = self.faces[index]
+        random = np.random.default_rng([self.seed, index])
+        return item | {"image": augment(item["image"], random)}
+
+
+def augment(image, random):
+    """image (3, S, S) uint8 -> the same, as published: every second one is cropped, every second one changes its
+    colours, one of 20 is grey, every second one is mirrored."""
+    if random.random() < 0.5:
+        image = crop_centre(image, random.uniform(0.75, 0.9))
+    if random.random() < 0.5:
+        image = jitter(image, random)
+    if random.random() < 0.05:
+        image = grey(image.float()).round().byte().expand(3, -1, -1)
+    if random.random() < 0.5:
+        image = image.flip(-1)
+    return image
+
+
+def crop_centre(image, rate):
+    """The middle of a picture (3, S, S), `rate` of its side, enlarged to the old size."""
+    size = image.shape[1]
+    side = int(size * rate)
+    start = (size - side) // 2
+    middle = image[:, start:start + side, start:start + side]
+    return torch.from_numpy(resize(middle.permute(1, 2, 0).numpy(), size)).permute(2, 0, 1)
+
+
+def jitter(image, random):
+    """Brightness, contrast, saturation and hue of (3, S, S) uint8 in random order, in torchvision's ranges. The hue
+    turns about the grey axis of RGB here, not in HSV."""
+    x = image.float()
+    for change in random.permutation(4):
+        if change == 0:
+            x = x * random.uniform(0.7, 1.3)
+        elif change == 1:
+            x = blend(x, grey(x).mean(), random.uniform(0.4, 1.8))
+        elif change == 2:
+            x = blend(x, grey(x), random.uniform(0.8, 1.2))
+        else:
+            turn = turn_hue(random.uniform(-0.15, 0.15))
+            x = torch.einsum("dc,chw->dhw", turn, x)
+        x = x.clamp(0, 255)
+    return x.round().byte()
+
+
+def grey(x):
+    return (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).unsqueeze(0)
+
+
+def blend(x, other, factor):
+    return factor * x + (1 - factor) * other
+
+
+def turn_hue(turns):
+    """Rotation matrix (3, 3) of colours about the grey axis, by a share of a whole turn."""
+    angle = 2 * math.pi * turns
+    same = torch.full((3, 3), 1 / 3)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    return math.cos(angle) * torch.eye(3) + (1 - math.cos(angle)) * same + math.sin(angle) * cross
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# schedule, optimizer, picture
+
+
+def learning_rate(epoch, epochs, warmup, lr):
+    """At a fractional epoch: linear warm-up from 0 to lr, then half a cosine to 0."""
+    if epoch < warmup:
+        return lr * epoch / warmup
+    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+def make_optimizer(mae, lr, weight_decay):
+    """AdamW with MAE's betas. Biases and norms do not decay; the tokens do, as published."""
+    decayed = []
+    others = []
+    for parameter in mae.parameters():
+        if parameter.requires_grad:
+            group = decayed if parameter.dim() > 1 else others
+            group.append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+@torch.no_grad()
+def draw_faces(path, mae, images):
+    """Write a picture with a column per face: what the model sees, what it makes of it, the face."""
+    noise = torch.rand(len(images), mae.config.num_patches, generator=torch.Generator().manual_seed(0))
+    normal = imagenet_normalize(images, mae.config.image_size)
+    loss, prediction, mask = mae(normal, noise.to(images.device))
+    seen = mae.paint(normal, torch.zeros_like(prediction), mask)
+    painted = mae.paint(normal, prediction, mask)
+    rows = {"seen": to_pictures(seen * 255), "painted": to_pictures(painted * 255), "face": to_pictures(images)}
+    contact_sheet(path, rows, title=f"hidden patches' error {loss.item():.3f}")
+
+
+def to_pictures(images):
+    """(B, 3, S, S) in 0..255 -> list of (S, S, 3) uint8 arrays"""
+    return list(images.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+def main():
+    cfg = configurator.parse(Config, sys.argv[1:])
+    rank, world, device = run.init_processes(cfg.device)
+    run.check_same(**vars(cfg))
+    run.stop_on_sigterm()
+    out = Path(cfg.out_dir)
+
+    # ---- model
+    torch.manual_seed(cfg.seed)  # the same weights on all ranks
+    start, resumed = 0, None
+    if cfg.init_from == "resume":
+        resumed = checkpoint.load_state(out, cfg, world, {*FaceMAEConfig.__dataclass_fields__, "protocol"})
+        start = resumed["step"]
+        mae = FaceMAE(cfg.model())
+        mae.load_state_dict(resumed["model"])
+    elif cfg.init_from == "scratch":
+        mae = FaceMAE(cfg.model())
+    else:
+        mae = FaceMAE.from_published(cfg.init_from, cfg.model())
+    mae.to(device)
+
+    # ---- data
+    faces = open_sets(cfg.data, protocol(cfg.protocol)["train"], cfg.image_size, labelled=False, seed=cfg.seed)
+    run.check_same(faces=len(faces))
+    step_size = cfg.batch_size * cfg.grad_accumulation_steps * world
+    total = cfg.steps or math.ceil(cfg.epochs * len(faces) / step_size)
+    epochs = total * step_size / len(faces)
+    sampler = loader.StepSampler(len(faces), step_size, rank, world, cfg.batch_size, cfg.seed, start, total)
+    train = Augmented(faces, cfg.seed) if cfg.augment else faces
+    feed = loader.Feed(loader.make_loader(train, sampler, cfg.n_workers, collate))
+
+    # eight faces for the picture, from all over the sets
+    every = math.ceil(len(faces) / 8)
+    shown = torch.stack([faces[i]["image"] for i in range(0, len(faces), every)]).to(device)
+
+    # ---- optimizer
+    peak = cfg.blr * step_size / 256
+    optimizer = make_optimizer(mae, peak, cfg.weight_decay)
+    ddp, sync, autocast, scaler, precision = run.prepare(mae, optimizer, cfg, world, device, resumed)
+    journal = log.Log(cfg, rank, world, device, [
+        f"FaceMAE {cfg.image_size}/{cfg.patch_size}: {log.count_parameters(mae) / 1e6:.2f} M parameters, "
+        f"{mae.config.num_visible} of {mae.config.num_patches} patches shown",
+        f"{sampler.arithmetic}; {total} steps = {epochs:.1f} epochs of {len(faces)} faces; peak lr {peak:.3g}"
+        + (f"; resumed at step {start}" if start else ""), precision], start)
+
+    # ---- loop
+    unreadable, t0 = set(), time.time()
+    for step in range(start, total + 1):
+        stop = run.stopping()
+        if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
+            mae.save_pretrained(out)
+            checkpoint.save_state(out / "last.pt",
+                                  checkpoint.state_of(step, mae, optimizer, scaler, math.inf, cfg, world))
+            draw_faces(out / "faces.png", mae, shown)
+        if step == total or stop:
+            break
+
+        epoch = step * step_size / len(faces)
+        lr = learning_rate(epoch, epochs, min(cfg.warmup_epochs, epochs), peak)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # what is hidden, drawn for the whole step so that it does not depend on the number of processes
+        noise = torch.rand(step_size, mae.config.num_patches, generator=run.shared_generator(cfg.seed, step))
+        noise = noise.split(sampler.local)[rank].split(sampler.micro)
+
+        means, keys = log.Means(), []
+        for i in range(sampler.n_micro):
+            batch = next(feed)
+            keys += batch["key"]
+            unreadable.update(batch["unreadable"])
+            images = batch["image"].to(device, non_blocking=True)        # (B, 3, S, S)
+            share = len(images) / sampler.local
+            with sync(last=i == sampler.n_micro - 1):
+                with autocast:
+                    loss = ddp(images, noise[i].to(device, non_blocking=True))[0]
+                scaler.scale(loss * share).backward()
+            means.add(share, loss=loss)
+        log.check_finite(means.sums["loss"].item(), step, keys)
+        run.update(optimizer, scaler)
+
+        if (step + 1) % cfg.log_every == 0:
+            journal.write(step + 1, total, step + 1 - start, **means.read(), lr=lr, epoch=epoch,
+                          ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
+                          data_ms=feed.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
+            t0 = time.time()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
