@@ -3,7 +3,7 @@ Faces in .h5 files: which sets there are, how their files are read, how a pictur
 
     python -m unigaze.data check data/faces cross_xgaze               # what is there of a protocol, and check.png
     python -m unigaze.data gazecapture GazeCapture.h5 data/faces/gazecapture_train_224       # one file per person
-    python -m unigaze.data eyediap sessions/ data/faces/eyediap_cs    # 1_A_CS_S.h5 ... -> person_1.h5 ...
+    python -m unigaze.data eyediap sessions/ data/faces               # 1_A_CS_S.h5 ... -> eyediap_cs/person_1.h5 ...
 
 On disk: <root>/<folder of the set>/<subject>.h5, a folder may be a link. A file holds face_patch (n, S, S, 3) uint8,
 face_gaze and face_head_pose (n, 2), and more that nothing here needs.
@@ -16,6 +16,7 @@ Dimension key: n faces in a file, S side of a crop, H/W source size, N points, B
 import math
 import os
 import random
+import sys
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from tqdm import tqdm
+
+from lib import video_out
+from unigaze.normalise import FOCAL, SIZE, arrow_on_crop, warp
 
 COLUMNS = ("face_patch", "face_gaze", "face_head_pose")
 XGAZE_CAMERAS = 18    # consecutive rows of an XGaze file that are one frame
@@ -101,7 +106,7 @@ SETS = {
 
 EYEDIAP = ("eyediap_cs", "eyediap_ft")
 HALVES = ("mpiigaze_test", "eyediap_cs_test", "eyediap_ft_test")
-FACES = ("vggface2", "vfhq", "celebv", "sfhq_t2i", "facesyn", "ffhq_albedo_nv", "xgaze_mvs_dense")
+PRETRAINING = ("vggface2", "vfhq", "celebv", "sfhq_t2i", "facesyn", "ffhq_albedo_nv", "xgaze_mvs_dense")
 
 # name: (sets to train on, to validate on, to test on)
 PROTOCOLS = {
@@ -123,7 +128,7 @@ PROTOCOLS = {
     "within_gaze360": (("gaze360_train",), ("gaze360_test",), ("gaze360_test",)),
     "within_eyediap": (("eyediap_cs_train", "eyediap_ft_train"), ("eyediap_cs_test", "eyediap_ft_test"),
                        ("eyediap_cs_test", "eyediap_ft_test")),
-    "mae": (FACES, (), ()),
+    "mae": (PRETRAINING, (), ()),
     "toy": (("toy_xgaze_train",), ("toy_xgaze_test",), ("toy_mpii_test",)),
     "toy_mae": (("toy_xgaze_train", "toy_mpii_train"), (), ()),
 }
@@ -368,3 +373,179 @@ def resize(image, size):
     small = np.einsum("hwc,xw->hxc", image.astype(np.float32), columns)        # OpenCV's order: truncation shows it
     small = np.einsum("yh,hxc->yxc", rows, small)
     return small.clip(0, 255).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# check: what is there, and is it what it should be
+
+def check(root, names, picture="check.png"):
+    """Print what there is of the sets `names` under `root`, write the first face of each with its arrow to
+    `picture`, and return the list of complaints."""
+    complaints, faces = [], {}
+    print(f"{'set':24} {'subjects':>8} {'faces':>9} {'pixels':>6}   gaze: pitch, yaw in degrees (mean ± std)")
+    for name in names:
+        split = SETS[name]
+        labelled = name not in PRETRAINING
+        try:
+            # the stored size, whatever it is: nothing is resized here
+            with open_file(list_subjects(Path(root, split.folder), split, name)[0]) as file:
+                size = file["face_patch"].shape[1] if "face_patch" in file else 224
+            found = open_set(root, name, size, labelled)
+            rows = np.unique(np.linspace(0, len(found) - 1, 256).astype(int))
+            batch = collate([found[int(i)] for i in rows])
+        except (FaceError, OSError) as error:
+            print(f"{name:24} {error}")
+            complaints.append(f"{name}: {error}")
+            continue
+
+        gaze = np.degrees(batch["gaze"].numpy())
+        spread = ", ".join(f"{mean:.1f} ± {std:.1f}" for mean, std in zip(gaze.mean(0), gaze.std(0), strict=True))
+        print(f"{name:24} {len(found.paths):8} {len(found):9} {size:6}   {spread if labelled else 'no labels'}")
+        for text in find_mistakes(batch, labelled):
+            print(f"{'':24} {text}")
+            complaints.append(f"{name}: {text}")
+        image = batch["image"][0].permute(1, 2, 0).numpy()
+        faces[name] = (video_out.resize(image, 224, 224), gaze[0])
+
+    pictures = [video_out.draw_arrow(image, (112, 112), 112 + arrow_on_crop(np.nan_to_num(np.radians(angles)), 224))
+                for image, angles in faces.values()]
+    if pictures:
+        titles = [f"{name}: {pitch:.0f}, {yaw:.0f}" for name, (_, (pitch, yaw)) in faces.items()]
+        video_out.contact_sheet(picture, {"first face": pictures}, titles, cell=224)
+        print(f"{picture}: the first face of each set with its label; the arrow must lead to where the eyes look")
+    return complaints
+
+
+def find_mistakes(batch, labelled):
+    """Complaints about a sample of a set: colours swapped, pictures or labels mirrored."""
+    complaints = []
+    images = batch["image"].numpy().astype(np.float64)                         # (n, 3, S, S)
+    S = images.shape[-1]
+    red, _, blue = images[:, :, S // 3:2 * S // 3, S // 4:3 * S // 4].mean(axis=(0, 2, 3))
+    if blue > red + 3:
+        complaints.append(f"skin is more blue ({blue:.0f}) than red ({red:.0f}): is the order on disk the other one? "
+                          "(color of this set in SETS)")
+    if not labelled:
+        return complaints
+
+    yaw, head = batch["gaze"][:, 1].numpy(), batch["head"][:, 1].numpy()
+    if np.isnan(head).any():
+        return complaints
+    together = correlation(yaw, head)
+    if together < -0.3:
+        complaints.append(f"yaw of gaze and of head have opposite signs (correlation {together:.2f}): one is mirrored")
+
+    # heads that face the camera: their irises must lie where the eyes are turned to
+    frontal = np.abs(head) < 0.35
+    turned = correlation((yaw - head)[frontal], iris_offset(images[frontal].mean(axis=1)))
+    if turned > 0.25:
+        complaints.append(f"eyes look to the other side than their labels (correlation {turned:.2f}): pictures or yaw "
+                          "are mirrored; positive yaw is to the left of the picture")
+    return complaints
+
+
+def correlation(a, b):
+    """0 where there are too few values, or none that differ."""
+    if len(a) < 16 or a.std() < 1e-6 or b.std() < 1e-6:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def iris_offset(grey):
+    """(n, S, S) normalised crops -> (n,) how far left or right (-1..1) the dark part of the eyes lies. Normalisation
+    puts the eyes of everyone to the same place."""
+    S = grey.shape[-1]
+    total = 0
+    for left, right in ((0.19, 0.38), (0.62, 0.81)):
+        eye = grey[:, round(0.30 * S):round(0.45 * S), round(left * S):round(right * S)]
+        dark = (np.median(eye, axis=(1, 2), keepdims=True) - eye).clip(0)
+        x = np.linspace(-1, 1, eye.shape[2])
+        total = total + (dark * x).sum(axis=(1, 2)) / (dark.sum(axis=(1, 2)) + 1e-9)
+    return total / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# converters
+
+def write_h5(path, columns):
+    """Columns {name: array with a row per face} as the published files hold them: a chunk per row, lzf. The file
+    gets its name when it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half_written = path.with_name(f".{path.name}")
+    with h5py.File(half_written, "w") as file:
+        for name, values in columns.items():
+            row = values.shape[1:]
+            file.create_dataset(name, data=values, chunks=(1, *row), maxshape=(None, *row), compression="lzf")
+    os.replace(half_written, path)
+
+
+def convert_gazecapture(source, out):
+    """GazeCapture as faze_preprocess writes it, one file with a group per person, -> <out>/<person>.h5. Its camera (f
+    500, 600 mm, 128 pixels) sees a little more than the published one (960, 600, 224), so pictures are warped; labels
+    stay, since the direction of both cameras is the same. Pictures stay RGB. Returns the number of persons."""
+    # both cameras look along the same line from the same distance: only the camera matrices differ
+    theirs = np.array([[500, 0, 64], [0, 500, 64], [0, 0, 1]])
+    ours = np.array([[FOCAL, 0, SIZE / 2], [0, FOCAL, SIZE / 2], [0, 0, 1]])
+    W = ours @ np.linalg.inv(theirs)
+    with open_file(source) as file:
+        persons = [name for name, group in file.items() if isinstance(group, h5py.Group) and "pixels" in group]
+        if not persons:
+            raise FaceError(f"{source}: no group per person with pixels and labels; has it been converted already?")
+        for name in tqdm(persons, desc="persons"):
+            pixels, labels = file[name]["pixels"], file[name]["labels"][:].astype(np.float32)
+            if pixels.shape[1:] != (128, 128, 3) or labels.shape != (len(pixels), 8):
+                raise FaceError(f"{source}: {name} has pixels {pixels.shape} and labels {labels.shape}, not "
+                                "(n, 128, 128, 3) and (n, 8)")
+            check_angles(labels[:, :2], source)
+            crops = np.stack([warp(image, W) for image in pixels])
+            write_h5(Path(out, f"{name}.h5"),
+                     {"face_patch": crops, "face_gaze": labels[:, :2], "face_head_pose": labels[:, 2:4]})
+    return len(persons)
+
+
+def convert_eyediap(folder, out):
+    """EYEDIAP as the published script writes it, a file per session (<person>_<A or B>_<CS, DS or FT>_<S or M>.h5), ->
+    <out>/eyediap_cs/person_<N>.h5 and eyediap_ft. Sessions come in the order of their names. Returns {file: rows}."""
+    sessions = {}
+    for path in sorted(Path(folder).glob("*.h5")):
+        parts = path.stem.split("_")
+        if len(parts) == 4 and parts[0].isdigit() and parts[2] in ("CS", "FT"):
+            sessions.setdefault(f"eyediap_{parts[2].lower()}/person_{int(parts[0])}.h5", []).append(path)
+    if not sessions:
+        raise FaceError(f"{folder}: no file is called like a session with a screen or a ball, 1_A_CS_S.h5")
+
+    rows = {}
+    for name, paths in tqdm(sessions.items(), desc="persons"):
+        columns = {}
+        for path in paths:
+            inspect_file(path, labelled=True)
+            with open_file(path) as file:
+                if columns and set(file) != set(columns):
+                    raise FaceError(f"{path}: holds {', '.join(file)}, the sessions before it {', '.join(columns)}")
+                for key in file:
+                    columns.setdefault(key, []).append(file[key][:])
+        write_h5(Path(out, name), {key: np.concatenate(parts) for key, parts in columns.items()})
+        rows[name] = len(columns["face_patch"]) and sum(len(part) for part in columns["face_patch"])
+    return rows
+
+
+def main(argv):
+    try:
+        if argv[:1] == ["check"] and len(argv) == 3:
+            names = protocol(argv[2].removeprefix("protocol="))
+            complaints = check(argv[1], dict.fromkeys(names["train"] + names["val"] + names["test"]))
+            raise SystemExit(f"{len(complaints)} complaints" if complaints else 0)
+        elif argv[:1] == ["gazecapture"] and len(argv) == 3:
+            print(f"{argv[2]}: {convert_gazecapture(argv[1], argv[2])} persons")
+        elif argv[:1] == ["eyediap"] and len(argv) == 3:
+            for name, rows in convert_eyediap(argv[1], argv[2]).items():
+                print(f"{name}: {rows} faces")
+        else:
+            raise SystemExit(__doc__.split("\n\n")[1])
+    except (FaceError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

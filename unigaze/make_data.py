@@ -2,7 +2,7 @@
 Rendered toy faces in the published .h5 layouts, so that everything runs without a download.
 
     python -m unigaze.make_data --out=data/toy_unigaze               # two sets, about half a minute on one core
-    python -m unigaze.data check data/toy_unigaze protocol=toy       # what is there, and a picture
+    python -m unigaze.data check data/toy_unigaze toy       # what is there, and a picture
 
 A face is an ellipsoid with hair, brows, nose, mouth and two eyeballs, cast ray by ray, so that head pose, gaze, lids
 and light are one geometry and labels are exact. It is seen as a normalised crop is: upright, at one distance.
@@ -16,16 +16,16 @@ Dimension key: N faces, S side of the crop, P rays = (2 S)^2.
 import json
 import math
 import multiprocessing
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
 from lib import configurator
+from unigaze.data import write_h5
+from unigaze.normalise import to_pitchyaw, to_vector
 
 
 @dataclass
@@ -58,17 +58,13 @@ STYLES = {
 
 
 def rotation(angles):
-    """(N, 2) pitch, yaw of a head (the axis out of its back, as in the published labels) -> (N, 3, 3) with the head's
-    x, y and z axes as columns, in a camera with x right, y down, z forward; no roll, as after normalisation."""
-    pitch, yaw = angles[:, 0], angles[:, 1]
-    z = np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], axis=1)
+    """(N, 2) pitch, yaw of a head's z axis (out of its back) -> (N, 3, 3) with its x, y and z axes as columns, in a
+    camera with x right, y down, z away; no roll, as after normalisation."""
+    z = to_vector(angles)
+    yaw = angles[:, 1]
     x = np.stack([np.cos(yaw), np.zeros_like(yaw), -np.sin(yaw)], axis=1)
     y = np.cross(z, x)
     return np.stack([x, y, z], axis=2)
-
-
-def to_pitchyaw(v):  # (N, 3) -> (N, 2)
-    return np.stack([np.arcsin(v[:, 1].clip(-1, 1)), np.arctan2(v[:, 0], v[:, 2])], axis=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,19 +239,6 @@ def write_subject(job):
         columns["frame_index"] = np.arange(cfg.n_faces) // 18
         columns["cam_index"] = np.arange(cfg.n_faces) % 18 + 1
     write_h5(path, columns)
-
-
-def write_h5(path, columns):
-    """Columns {name: array with a row per face} as the published files hold them: a chunk per row, lzf. The file
-    appears under its name when it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    with h5py.File(unfinished, "w") as file:
-        for name, values in columns.items():
-            row = values.shape[1:]
-            file.create_dataset(name, data=values, chunks=(1, *row), maxshape=(None, *row), compression="lzf")
-    os.replace(unfinished, path)
 
 
 def claim_folder(cfg):
