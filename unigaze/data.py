@@ -222,11 +222,12 @@ class Faces(torch.utils.data.Dataset):
     radians, NaN where the file has none (the published readers: 0); "key": "<set>/<subject>/<row>"; "set"; "path";
     "subject": number of the file; "row" in the file; "index" as it was asked for; "unreadable": files passed over}.
 
-    folder: of the .h5 files. split: which of them, and how they are stored. labelled: raise FaceError, here and not
-    after hours, where a file has no gaze. Files are opened when a worker first reads them. Which faces are drawn
-    (views, share) depends on `seed` only. item index + epoch · len(self) is the same face: what a trainer draws for it
-    (a crop, a flip) can depend on "index" alone, so that a resumed run equals an uninterrupted one.
-    An unreadable face is replaced by the first of the next file, with a warning: never silently, never fatally.
+    folder: of the .h5 files. split: which of them, and how they are stored. size: of the images, None: as stored.
+    labelled: raise FaceError, here and not after hours, where a file has no gaze. Files are opened when a worker first
+    reads them. Which faces are drawn (views, share) depends on `seed` only. item index + epoch · len(self) is the same
+    face: what a trainer draws for it (a crop, a flip) can depend on "index" alone, so that a resumed run equals an
+    uninterrupted one. An unreadable face is replaced by the first of the next file, with a warning: never silently,
+    never fatally.
     """
 
     def __init__(self, folder, split=None, name="faces", size=224, labelled=True, seed=0):
@@ -243,6 +244,9 @@ class Faces(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.rows)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))           # no index is out of range, so Python would not stop
 
     def __getstate__(self):
         return self.__dict__ | {"open": OrderedDict()}       # an open file cannot travel to another process
@@ -308,6 +312,9 @@ class Concat(torch.utils.data.Dataset):
     def __len__(self):
         return int(self.starts[-1])
 
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, index):
         i = index % len(self)
         k = int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -365,8 +372,8 @@ def area_weights(n, m):
 
 def resize(image, size):
     """(H, W, 3) uint8 -> (size, size, 3) uint8 as the published readers do: float32 means, then truncated, not rounded.
-    A crop that has the size already stays as it is."""
-    if image.shape[:2] == (size, size):
+    A crop that has the size already stays as it is; size None: every crop."""
+    if size is None or image.shape[:2] == (size, size):
         return image
     rows = area_weights(image.shape[0], size)
     columns = area_weights(image.shape[1], size)
@@ -384,13 +391,9 @@ def check(root, names, picture="check.png"):
     complaints, faces = [], {}
     print(f"{'set':24} {'subjects':>8} {'faces':>9} {'pixels':>6}   gaze: pitch, yaw in degrees (mean ± std)")
     for name in names:
-        split = SETS[name]
         labelled = name not in PRETRAINING
         try:
-            # the stored size, whatever it is: nothing is resized here
-            with open_file(list_subjects(Path(root, split.folder), split, name)[0]) as file:
-                size = file["face_patch"].shape[1] if "face_patch" in file else 224
-            found = open_set(root, name, size, labelled)
+            found = open_set(root, name, None, labelled)
             rows = np.unique(np.linspace(0, len(found) - 1, 256).astype(int))
             batch = collate([found[int(i)] for i in rows])
         except (FaceError, OSError) as error:
@@ -400,7 +403,8 @@ def check(root, names, picture="check.png"):
 
         gaze = np.degrees(batch["gaze"].numpy())
         spread = ", ".join(f"{mean:.1f} ± {std:.1f}" for mean, std in zip(gaze.mean(0), gaze.std(0), strict=True))
-        print(f"{name:24} {len(found.paths):8} {len(found):9} {size:6}   {spread if labelled else 'no labels'}")
+        side = batch["image"].shape[-1]
+        print(f"{name:24} {len(found.paths):8} {len(found):9} {side:6}   {spread if labelled else 'no labels'}")
         for text in find_mistakes(batch, labelled):
             print(f"{'':24} {text}")
             complaints.append(f"{name}: {text}")
@@ -526,7 +530,7 @@ def convert_eyediap(folder, out):
                 for key in file:
                     columns.setdefault(key, []).append(file[key][:])
         write_h5(Path(out, name), {key: np.concatenate(parts) for key, parts in columns.items()})
-        rows[name] = len(columns["face_patch"]) and sum(len(part) for part in columns["face_patch"])
+        rows[name] = sum(len(part) for part in columns["face_patch"])
     return rows
 
 
