@@ -1,5 +1,5 @@
 """
-Videos in, training batches out: decoding, resizing, pixel normalisation, the clip dataset and the gaze labels.
+Videos in, training batches out: decoding, motion vectors, pixels, the clip dataset.
 
     python data.py pack labels.json                  # for large sets: writes labels.packed, a folder for --labels=
 
@@ -40,104 +40,264 @@ class VideoError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # decoding
 
+def open_video(path):
+    """av.open for a file of any name."""
+    name = str(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # FFmpeg takes names in UTF-8 only; Python opens any
+        return av.open(open(path, "rb"), metadata_errors="ignore")
+
+    # without file: in front, "12:30.mp4" would be read through a protocol called 12
+    return av.open(f"file:{name}" if os.path.exists(path) else name, metadata_errors="ignore")
+
+
 def video_stream(container, path):
-    for stream in container.streams.video:
-        if stream.codec_context is not None:  # None: a codec that nobody knows, often a damaged header
-            return stream
-    raise VideoError(f"{path}: has no video stream that can be decoded")
+    """The video track that a player would show: the default one, of several the largest picture."""
+    def rank(stream):
+        disposition = int(getattr(stream, "disposition", 0))  # PyAV 12 does not tell
+        is_default = disposition & 1
+        is_thumbnail = disposition & 0x400
+        return not is_thumbnail, is_default, stream.width * stream.height
+
+    # no codec context: a codec that nobody knows, often a damaged header
+    known = [stream for stream in container.streams.video if stream.codec_context is not None]
+    if not known:
+        raise VideoError(f"{path}: has no video stream that can be decoded")
+    return max(known, key=rank)
 
 
-def quarter_turns(frame):
-    """Anticlockwise quarter turns that set a frame upright, from its display matrix; PyAV 12 does not tell."""
-    return round(getattr(frame, "rotation", 0) / 90) % 4
+def display_matrix(frame):
+    """(2, 2) array: where the stored frame's x and y axes point in the upright picture."""
+    stored = frame.side_data.get("DISPLAYMATRIX")
+    if stored is None:
+        return np.eye(2)
+    matrix = np.frombuffer(bytes(stored), dtype=np.int32).reshape(3, 3)
+    return matrix[:2, :2] / 65536
+
+
+def upright(image, frame):
+    """Turn and mirror an array (H, W, ...) that was made of `frame` as the frame's display matrix says. Other angles
+    than quarter turns are taken as the nearest one."""
+    x_axis, y_axis = display_matrix(frame)
+    is_transposed = abs(x_axis[1]) > abs(x_axis[0])
+    if is_transposed:
+        image = image.swapaxes(0, 1)
+        x_axis, y_axis = y_axis, x_axis
+    if x_axis[0] < 0:
+        image = image[:, ::-1]
+    if y_axis[1] < 0:
+        image = image[::-1]
+    return image
 
 
 def keyframe_before(path, first):
-    """(i, pts of frames i to `first`), i being the last keyframe up to frame number `first`: packets are read up to
-    there, not decoded. (0, []) if they do not tell."""
-    pts, keys = [], []
+    """(i, time stamps of frames i to `first`), i being the last keyframe up to frame number `first`: packets are read
+    up to there, not decoded. (0, []) if they do not tell."""
+    stamps = []
+    keys = []
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with open_video(path) as container:
             stream = video_stream(container, path)
             if stream.codec_context.name == "vp8":  # has packets that are no frame of the film
                 return 0, []
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
-                    pts.append(packet.pts)
-                    keys += [packet.pts] if packet.is_keyframe else []
-                if len(pts) > first + 64:  # packets come in decoding order, which differs by fewer frames
+                    stamps.append(packet.pts)
+                    if packet.is_keyframe:
+                        keys.append(packet.pts)
+                if len(stamps) > first + 64:  # packets come in decoding order, which differs by fewer frames
                     break
     except (av.FFmpegError, OSError, ValueError):
         return 0, []  # decoding names the reason
-    if len(pts) <= first or None in pts or len(set(pts)) < len(pts) or keys[:1] != pts[:1] or min(pts) < pts[0]:
-        return 0, []  # too short, no time stamps, or the first frames cannot be decoded
-    pts.sort()
-    i = pts.index(max(key for key in keys if key <= pts[first]))
-    return i, pts[i:first + 1]
+
+    if len(stamps) <= first or None in stamps or len(set(stamps)) < len(stamps):
+        return 0, []  # too short, or no usable time stamps
+    if keys[:1] != stamps[:1] or min(stamps) < stamps[0]:
+        return 0, []  # the first frames cannot be decoded
+
+    stamps.sort()
+    key = max(key for key in keys if key <= stamps[first])
+    i = stamps.index(key)
+    return i, stamps[i:first + 1]
 
 
 def decode(path, wanted, skip=True):
     """Yield (i, (H, W, 3) uint8 array) for the frame indices i in `wanted` (range or set), in decoding order.
 
-    Frames come upright: a display matrix (phone videos) is applied to quarter turns, mirrored ones stay as stored.
-    Decodes from the last keyframe before the first wanted frame, where the file does not tell it (or skip=False) from
-    the start, to the last wanted frame. A file that ends or breaks earlier just ends the iteration; if it ends before
-    the first wanted frame, its last frame is yielded. No frame: VideoError. Every frame has the size of the first one
-    yielded, also when the stream changes size in between.
+    Frames come upright: the display matrix of phone videos is applied. Of several video tracks the default one is
+    decoded, else the largest. Decoding starts at the last keyframe before the first wanted frame (where the file does
+    not tell it, or skip=False, at the start) and ends with the last wanted frame. A file that ends or breaks earlier
+    just ends the iteration; if it ends before the first wanted frame, its last frame is yielded. No frame: VideoError.
+    Every frame has the size of the first one yielded, also when the stream changes size in between.
     """
     reformatter = VideoReformatter()  # one for all frames: each would set up its own colour conversion otherwise
 
-    def to_rgb(frame, **size):
+    def to_rgb(frame, width, height):
         try:
-            image = reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
-            return np.rot90(image, quarter_turns(frame))
+            image = reformatter.reformat(frame, format="rgb24", width=width, height=height).to_ndarray()
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"{path}: its {frame.format.name} frames cannot be turned into RGB ({error})") from error
+        return upright(image, frame)
 
-    frame, size, last, reason = None, {}, max(wanted), "not one frame in its video stream"
-    start, pts = keyframe_before(path, min(wanted)) if skip and min(wanted) else (0, [])
+    first = min(wanted)
+    last = max(wanted)
+    start, stamps = keyframe_before(path, first) if skip and first > 0 else (0, [])
+    i = start
+    frame = None
+    size = None  # of the frames yielded
+    reason = "not one frame in its video stream"
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with open_video(path) as container:
             stream = video_stream(container, path)
             stream.codec_context.thread_count = 1  # threads cost more than they save here, and workers are many
-            packets = dropwhile(lambda packet: pts and packet.pts != pts[0], container.demux(stream))
-            for i, frame in enumerate((frame for packet in packets for frame in packet.decode()), start):
-                if i < start + len(pts) and frame.pts != pts[i - start]:
+            packets = container.demux(stream)
+            if stamps:
+                packets = dropwhile(lambda packet: packet.pts != stamps[0], packets)
+
+            frames = (frame for packet in packets for frame in packet.decode())
+            for i, frame in enumerate(frames, start):
+                # up to the first wanted frame, what comes must be what the packets promised
+                if i < start + len(stamps) and frame.pts != stamps[i - start]:
                     break
                 if i in wanted:
-                    size = size or {"width": frame.width, "height": frame.height}
-                    yield i, to_rgb(frame, **size)
+                    size = size or (frame.width, frame.height)
+                    yield i, to_rgb(frame, *size)
                 if i >= last:
                     return
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = error
-    if pts and not size:  # the packets promised another frame than decoding gave, e.g. two hold one
+
+    if stamps and not size:  # another frame came than promised, e.g. because two packets hold one: from the start
         yield from decode(path, wanted, skip=False)
-        return
-    if frame is None:
+    elif frame is None:
         raise VideoError(f"{path}: cannot be decoded as a video ({reason})")
-    if not size:
-        yield i, to_rgb(frame)
+    elif not size:
+        yield i, to_rgb(frame, frame.width, frame.height)
 
 
 def read_frames(path, n_frames, start=0, stride=1):
     """Frames start, start + stride, ... as (n_frames, 3, H, W) uint8; a shorter video repeats its last frame."""
     assert n_frames > 0 and start >= 0 and stride > 0, (n_frames, start, stride)
     wanted = range(start, start + n_frames * stride, stride)
-    frames = [torch.from_numpy(np.ascontiguousarray(image)) for _, image in decode(path, wanted)]
-    frames += frames[-1:] * (n_frames - len(frames))
+    frames = []
+    for _, image in decode(path, wanted):
+        frames.append(torch.from_numpy(np.ascontiguousarray(image)))
+
+    missing = n_frames - len(frames)
+    frames += frames[-1:] * missing
     return torch.stack(frames).permute(0, 3, 1, 2)  # (T,H,W,3) -> (T,3,H,W), a view
 
 
 def count_frames(path):
-    """Number of frames: what the container says, else packets counted without decoding them. A file that was cut off
-    can claim more than it holds."""
+    """Number of frames: what the container says if that can be true, else packets are counted without decoding them. A
+    file that was cut off can claim more than it holds."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with open_video(path) as container:
             stream = video_stream(container, path)
-            return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+            claimed = stream.frames
+
+            # a frame takes a byte at least; headers of fragmented files count the first fragment only
+            by_duration = 0
+            if stream.duration and stream.average_rate:
+                by_duration = float(stream.duration * stream.time_base * stream.average_rate)
+            if by_duration / 2 < claimed <= os.path.getsize(path):
+                return claimed
+            return sum(1 for packet in container.demux(stream) if packet.size)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{path}: cannot be read as a video: it is none, or was cut off ({error})") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# motion vectors: what moved, as the video's encoder saw it
+
+CELL = 4    # pixels: no block that carries a vector is smaller
+BLOCK = 16  # pixels: side of a macroblock, in which frames are coded
+
+
+def vector_lengths(vectors, height, width):
+    """Motion vectors of one frame, PyAV's structured array -> (height / 4, width / 4, rounded up) their length in
+    pixels in every cell; where several lie (frames predicted from two sides) their mean.
+
+    A block that is coded afresh has no vector and counts as unmoved; to count it as moved by 4 to 16 pixels changed
+    losses in eval.py by less than 3 %, in both directions."""
+    n_rows = math.ceil(height / BLOCK) * BLOCK // CELL  # whole macroblocks
+    n_columns = math.ceil(width / BLOCK) * BLOCK // CELL
+    total = np.zeros((n_rows, n_columns))
+    count = np.zeros((n_rows, n_columns))
+    length = np.hypot(vectors["motion_x"], vectors["motion_y"]) / np.maximum(vectors["motion_scale"], 1)
+
+    # a vector's block in cells; the file gives its centre
+    block_rows = vectors["h"].astype(int) // CELL
+    block_columns = vectors["w"].astype(int) // CELL
+    top = (vectors["dst_y"] - vectors["h"].astype(int) // 2) // CELL
+    left = (vectors["dst_x"] - vectors["w"].astype(int) // 2) // CELL
+
+    # one cell of all blocks at a time
+    for dy in range(block_rows.max()):
+        for dx in range(block_columns.max()):
+            y = top + dy
+            x = left + dx
+            inside = (y >= 0) & (x >= 0) & (y < n_rows) & (x < n_columns)
+            used = inside & (dy < block_rows) & (dx < block_columns)
+            np.add.at(total, (y[used], x[used]), length[used])
+            np.add.at(count, (y[used], x[used]), 1)
+
+    mean = total / np.maximum(count, 1)
+    return mean[:math.ceil(height / CELL), :math.ceil(width / CELL)]
+
+
+def read_motion(path, n_frames, size, stride=1):
+    """(n_frames, size, size) float32: how far, in pixels of the file, what lies here has moved since the clip frame
+    before (the vectors of all source frames in between added up), 0 in the first frame. Frames and geometry are those
+    of read_frames(path, n_frames, 0, stride) and resize_crop. None: no frame after the first has vectors.
+
+    H.264, MPEG-4 and older codecs give vectors; HEVC, VP9, AV1 and codecs that code every frame by itself give none.
+    PyAV does not hand out residuals, so a change that no vector describes (a light that goes on) is not seen. Vectors
+    lead to the frame that a block was predicted from; with B-frames that may be several frames away, and nothing tells
+    how many. VideoError: a file that cannot be decoded."""
+    moved = []
+    i = 0
+    has_vectors = False
+    reason = "not one frame in its video stream"
+    try:
+        with open_video(path) as container:
+            stream = video_stream(container, path)
+            stream.codec_context.options = {"flags2": "+export_mvs"}
+            stream.codec_context.thread_count = 1
+            for i, frame in enumerate(container.decode(stream)):
+                if i > (n_frames - 1) * stride:
+                    break
+                vectors = frame.side_data.get("MOTION_VECTORS")
+                if i == 0 or vectors is None or len(vectors) == 0:
+                    lengths = np.zeros((frame.height, frame.width))
+                else:
+                    has_vectors = True
+                    cells = vector_lengths(vectors.to_ndarray(), frame.height, frame.width)
+                    lengths = cells.repeat(CELL, 0).repeat(CELL, 1)[:frame.height, :frame.width]
+                lengths = torch.from_numpy(upright(lengths, frame).astype(np.float32))
+
+                # a stream that changes size: all frames are given that of the first
+                if moved and lengths.shape != moved[0].shape:
+                    lengths = F.interpolate(lengths[None, None], moved[0].shape)[0, 0]
+
+                # the first source frame after a clip frame begins the next clip frame's sum
+                if i == 0 or (i - 1) % stride == 0:
+                    moved.append(lengths)
+                else:
+                    moved[-1] = moved[-1] + lengths
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = error
+
+    if not moved:
+        raise VideoError(f"{path}: cannot be decoded as a video ({reason})")
+    if i > 0 and not has_vectors:
+        return None
+
+    # a short video repeats its last frame, which does not move
+    missing = n_frames - len(moved)
+    moved += [torch.zeros_like(moved[0])] * missing
+    return resize_center(torch.stack(moved).unsqueeze(1), size)[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,16 +305,23 @@ def count_frames(path):
 
 def random_box(h, w, generator=None):
     """(top, left, height, width) covering 0.3 to 1 of the area at aspect 3/4 to 4/3, torchvision's recipe."""
-    def uniform(a, b):
-        return a + (b - a) * torch.rand((), generator=generator).item()
+    def uniform(low, high):
+        return low + (high - low) * torch.rand((), generator=generator).item()
 
     for _ in range(10):
-        area, aspect = h * w * uniform(0.3, 1), math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
-        bw, bh = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < bw <= w and 0 < bh <= h:
-            return int(uniform(0, h - bh + 1)), int(uniform(0, w - bw + 1)), bh, bw
-    bh, bw = min(h, round(w * 4 / 3)), min(w, round(h * 4 / 3))  # very long pictures: the largest allowed centre box
-    return (h - bh) // 2, (w - bw) // 2, bh, bw
+        area = h * w * uniform(0.3, 1)
+        aspect = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
+        box_w = round(math.sqrt(area * aspect))
+        box_h = round(math.sqrt(area / aspect))
+        if 0 < box_w <= w and 0 < box_h <= h:
+            top = int(uniform(0, h - box_h + 1))
+            left = int(uniform(0, w - box_w + 1))
+            return top, left, box_h, box_w
+
+    # very long pictures: the largest allowed centre box
+    box_h = min(h, round(w * 4 / 3))
+    box_w = min(w, round(h * 4 / 3))
+    return (h - box_h) // 2, (w - box_w) // 2, box_h, box_w
 
 
 def resize(x, size):  # (T, C, H, W) -> (T, C, *size)
@@ -166,9 +333,11 @@ def resize(x, size):  # (T, C, H, W) -> (T, C, *size)
 def resize_center(x, size):
     """(T, C, H, W) -> (T, C, size, size): shortest side to `size`, then the centre square."""
     h, w = x.shape[-2:]
-    h, w = size * h // min(h, w), size * w // min(h, w)
-    top, left = (h - size) // 2, (w - size) // 2
-    return resize(x, (h, w))[..., top:top + size, left:left + size].contiguous()
+    new_h = size * h // min(h, w)
+    new_w = size * w // min(h, w)
+    top = (new_h - size) // 2
+    left = (new_w - size) // 2
+    return resize(x, (new_h, new_w))[..., top:top + size, left:left + size].contiguous()
 
 
 def resize_crop(frames, size, crop="center", generator=None):
@@ -176,21 +345,29 @@ def resize_crop(frames, size, crop="center", generator=None):
     "random": one random box for all frames, resized to the square. Antialiased bilinear on 8-bit values, like PIL."""
     assert frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[1] == 3, (frames.dtype, frames.shape)
     assert crop in ("center", "random"), crop
-    if crop == "random":
-        top, left, h, w = random_box(*frames.shape[-2:], generator)
-        return resize(frames[..., top:top + h, left:left + w], (size, size)).contiguous()
-    return resize_center(frames, size)
+    if crop == "center":
+        return resize_center(frames, size)
+    top, left, h, w = random_box(*frames.shape[-2:], generator)
+    return resize(frames[..., top:top + h, left:left + w], (size, size)).contiguous()
+
+
+def channel_statistics(device):
+    """Mean and standard deviation (3, 1, 1) of the models' pixels."""
+    mean = torch.tensor(IMAGE_MEAN, device=device)
+    std = torch.tensor(IMAGE_STD, device=device)
+    return mean.view(3, 1, 1), std.view(3, 1, 1)
 
 
 def to_model_pixels(x):
-    """Pixels 0..255 (uint8 or float, (..., 3, H, W)) -> float32 as the models expect them, on x's device."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    """Pixels 0..255 (uint8 or float, (..., 3, H, W)) -> float32 as the models expect them, on x's device: first -1..1,
+    then ImageNet's mean and standard deviation. This is not ImageNet's own normalisation, which begins with 0..1."""
+    mean, std = channel_statistics(x.device)
     return (x.float() / 127.5).sub_(1).sub_(mean).div_(std)  # in place: frames in tiles are large
 
 
 def from_model_pixels(x):
     """What `to_model_pixels` made -> pixels in [0, 1], clamped, for pictures."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = channel_statistics(x.device)
     return ((x.float() * std + mean + 1) / 2).clamp(0, 1)
 
 
@@ -212,18 +389,23 @@ def list_videos(root, split):
             raise FileNotFoundError(f"data folder {folder} does not exist: {layout}")
         if not (folder / split).is_dir():
             raise FileNotFoundError(f"data folder {folder} has no folder '{split}': {layout}")
-        # hidden files are left-overs: half-written videos, "._x.mp4" from a Mac
-        names = sorted(n for n in os.listdir(folder / split) if n.lower().endswith(VIDEO_SUFFIXES) and n[0] != ".")
+
+        names = []
+        for name in os.listdir(folder / split):
+            is_hidden = name.startswith(".")  # left-overs: half-written videos, "._x.mp4" from a Mac
+            if name.lower().endswith(VIDEO_SUFFIXES) and not is_hidden:
+                names.append(name)
         if not names:
             raise FileNotFoundError(f"no videos in {folder / split}: {layout}")
-        videos += [f"{folder}/{split}/{name}" for name in names]
+        videos += [f"{folder}/{split}/{name}" for name in sorted(names)]
     return videos
 
 
 def video_key(path):
     """"dataset/split/file.mp4", the name of a video in a label file."""
     path = str(path)
-    if path.count("/") < 3 or "/." in path or "//" in path:  # short or not plain; abspath takes seconds for a million
+    # only paths that are short or not plain: abspath takes seconds for a million
+    if path.count("/") < 3 or "/." in path or "//" in path:
         path = os.path.abspath(path)
     return "/".join(path.split("/")[-3:])
 
@@ -236,10 +418,12 @@ def check_names(keys, where):
 
 
 class Clips(torch.utils.data.Dataset):
-    """Clips of <root>/<split>/. An item: {"video": (T, 3, size, size) uint8, "key", "path", "unreadable": files passed
-    over to get it}; with `labels` (of labels.py) also "gazing_pos" and "task_losses", lists of lists per frame,
-    and only labelled videos are kept. Random start and crop depend on (seed, epoch, index) only, whatever process
-    reads the clip and wherever a run was resumed: item index + epoch · len(self) is that of another epoch.
+    """Clips of <root>/<split>/.
+
+    An item: {"video": (T, 3, size, size) uint8, "key", "path", "unreadable": files passed over to get it}; with
+    `labels` (of lib/labels.py) also "gazing_pos" and "task_losses", lists of lists per frame, and only labelled videos
+    are kept. Random start and crop depend on (seed, epoch, index) only, whatever process reads the clip and wherever a
+    run was resumed. Index i + epoch · len(self) returns clip i with that epoch's start and crop.
 
     An unreadable file is replaced by the next readable one of the list, with a warning: never silently, never fatally.
     cache=True decodes everything once, here, into one uint8 tensor, and drops unreadable files from the list.
@@ -252,26 +436,42 @@ class Clips(torch.utils.data.Dataset):
             raise ValueError("cache=True keeps one version of each clip: switch off random start and random crop")
         if labels is not None and randomized:
             raise ValueError("labels hold gazes of the first frames' centre crop: switch off random start and crop")
-        self.n_frames, self.size, self.stride, self.random_start, self.crop = n_frames, size, stride, random_start, crop
+        self.n_frames = n_frames
+        self.size = size
+        self.stride = stride
+        self.random_start = random_start
+        self.crop = crop
         self.seed = seed
-        self.paths, self.labels, self.videos, self.warned = list_videos(root, split), labels, None, set()
+        self.labels = labels
+        self.paths = list_videos(root, split)
+        self.videos = None  # with cache: (len(self), T, 3, size, size) uint8
+        self.warned = set()
+
         if labels is not None:
             self.keep_labelled(root, split)
         if cache:
             self.decode_all()
 
     def keep_labelled(self, root, split):
-        videos, where = self.paths, f"{root} ({split})"
-        keys = [video_key(path) for path in videos]
-        known = [k in self.labels for k in keys] if isinstance(self.labels, dict) else self.labels.known(keys)
-        self.paths = [path for path, k in zip(videos, known, strict=True) if k]
+        """Drop videos that have no label."""
+        where = f"{root} ({split})"
+        keys = [video_key(path) for path in self.paths]
+        if isinstance(self.labels, dict):
+            known = [key in self.labels for key in keys]
+        else:
+            known = self.labels.known(keys)
+
+        n_videos = len(self.paths)
+        self.paths = [path for path, is_known in zip(self.paths, known, strict=True) if is_known]
         if not self.paths:
             raise ValueError(f"no label fits a video of {where}: the videos are called like {keys[0]!r}, "
                              f"the labels like {next(iter(self.labels), 'nothing, the file is empty')!r}")
-        check_names([key for key, k in zip(keys, known, strict=True) if k], where)
+        check_names([video_key(path) for path in self.paths], where)
+
         if os.environ.get("RANK", "0") == "0":
-            print(f"labels: {len(self.paths)} videos of {where} have one, {len(videos) - len(self.paths)} videos and "
-                  f"{len(self.labels) - len(self.paths)} labels are not used")
+            n = len(self.paths)
+            print(f"labels: {n} videos of {where} have one, {n_videos - n} videos and {len(self.labels) - n} labels "
+                  "are not used")
 
     def decode_all(self):
         self.videos = torch.empty(len(self.paths), self.n_frames, 3, self.size, self.size, dtype=torch.uint8)
@@ -284,28 +484,38 @@ class Clips(torch.utils.data.Dataset):
 
         with ThreadPoolExecutor(2) as pool:
             errors = list(tqdm(pool.map(load, range(len(self.paths))), total=len(self.paths), desc="decoding clips"))
+
         good = [i for i, error in enumerate(errors) if error is None]
         bad = [error for error in errors if error is not None]
         if not good:
             raise VideoError(f"all {len(bad)} videos are unreadable, first: {bad[0]}")
         if bad:
-            warnings.warn(f"dropped {len(bad)} of {len(errors)} videos, unreadable: {'; '.join(bad[:3])}"
-                          + (" ..." if len(bad) > 3 else ""), stacklevel=3)
-            self.paths, self.videos = [self.paths[i] for i in good], self.videos[good]
+            more = " ..." if len(bad) > 3 else ""
+            warnings.warn(f"dropped {len(bad)} of {len(errors)} videos, unreadable: {'; '.join(bad[:3])}{more}",
+                          stacklevel=3)
+            self.paths = [self.paths[i] for i in good]
+            self.videos = self.videos[good]
 
     def read(self, path, draw=0):
         """Clip of one file; draw: number of the random start and crop."""
-        start, generator = 0, torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
+        start = 0
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
         if self.random_start:
             n_starts = count_frames(path) - (self.n_frames - 1) * self.stride
             start = int(torch.randint(max(n_starts, 1), (), generator=generator))
-        return resize_crop(read_frames(path, self.n_frames, start, self.stride), self.size, self.crop, generator)
+        frames = read_frames(path, self.n_frames, start, self.stride)
+        return resize_crop(frames, self.size, self.crop, generator)
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        unreadable, video, draw, index = [], None, index, index % len(self)
+        draw = index
+        index = index % len(self)
+        video = None
+        unreadable = []
+
+        # the clip asked for, else the next one that can be read
         for i in range(min(MAX_FAILURES, len(self))):
             path = self.paths[(index + i) % len(self)]
             try:
@@ -318,10 +528,12 @@ class Clips(torch.utils.data.Dataset):
                     warnings.warn(f"skipped, the next video is used instead: {error}", stacklevel=2)
         if video is None:
             raise VideoError(f"all {len(unreadable)} videos from {unreadable[0]} on are unreadable")
+
         item = {"video": video, "key": video_key(path), "path": str(path), "unreadable": unreadable}
         if self.labels is not None:
             label = self.labels[item["key"]]
-            item.update(gazing_pos=label["gazing_pos"], task_losses=label["task_losses"])
+            item["gazing_pos"] = label["gazing_pos"]
+            item["task_losses"] = label["task_losses"]
         return item
 
 
@@ -330,35 +542,44 @@ def collate(items):
     and task_losses as they are; unreadable files of all items in one list."""
     batch = {name: [item[name] for item in items] for name in items[0]}
     batch["video"] = torch.stack(batch["video"])
-    batch["unreadable"] = [path for paths in batch["unreadable"] for path in paths]
+    batch["unreadable"] = sum(batch["unreadable"], [])
     return batch
 
 
 def collate_gaze(gazing_pos, task_losses, n_ids):
-    """Gazes as lists (B) of lists (T) of ids + V*t -> gazing_pos (B, N) int64, if_padded_gazing (B, N) bool (True =
-    dummy slot), num_gazing_each_frame (T,) int64, and with task_losses (same nesting, or None) task_losses (B, N)
-    float32. A frame has as many slots as the longest of the batch; padded slots hold id V and the frame's last loss
-    (0 if it has none). The lists are left as they are."""
+    """Gazes as lists (B) of lists (T) of ids + V*t -> gazing (see gazing.py), with task_losses (same nesting, or None)
+    also task_losses (B, N) float32. A frame has as many slots as the longest of the batch; padded slots hold id V and
+    the frame's last loss (0 if it has none). The lists are left as they are."""
     n_frames = len(gazing_pos[0])
     assert all(len(clip) == n_frames for clip in gazing_pos), [len(clip) for clip in gazing_pos]
-    n_slots = [max(len(clip[t]) for clip in gazing_pos) for t in range(n_frames)]
-    pos, padded, losses = [], [], []
+    n_slots = []
+    for t in range(n_frames):
+        n_slots.append(max(len(clip[t]) for clip in gazing_pos))
+
+    positions = []
+    padded = []
+    losses = []
     for b, clip in enumerate(gazing_pos):
         for t, ids in enumerate(clip):
-            n_pad = n_slots[t] - len(ids)
-            pos += [*ids, *[n_ids * t + n_ids] * n_pad]
-            padded += [False] * len(ids) + [True] * n_pad
+            missing = n_slots[t] - len(ids)
+            positions += ids
+            positions += [n_ids * t + n_ids] * missing
+            padded += [False] * len(ids)
+            padded += [True] * missing
             if task_losses is not None:
                 values = task_losses[b][t]
                 assert len(values) == len(ids), (b, t, len(values), len(ids))
-                losses += [*values, *[values[-1] if len(values) else 0.0] * n_pad]
+                last = values[-1] if len(values) else 0.0
+                losses += values
+                losses += [last] * missing
+
     shape = (len(gazing_pos), sum(n_slots))
-    gaze = {"gazing_pos": torch.tensor(pos, dtype=torch.int64).view(shape),
-            "if_padded_gazing": torch.tensor(padded, dtype=torch.bool).view(shape),
-            "num_gazing_each_frame": torch.tensor(n_slots, dtype=torch.int64)}
+    gazing = {"gazing_pos": torch.tensor(positions, dtype=torch.int64).view(shape),
+              "if_padded_gazing": torch.tensor(padded, dtype=torch.bool).view(shape),
+              "num_gazing_each_frame": torch.tensor(n_slots, dtype=torch.int64)}
     if task_losses is not None:
-        gaze["task_losses"] = torch.tensor(losses, dtype=torch.float32).view(shape)
-    return gaze
+        gazing["task_losses"] = torch.tensor(losses, dtype=torch.float32).view(shape)
+    return gazing
 
 
 if __name__ == "__main__":

@@ -191,19 +191,72 @@ def test_formats(tmp_path, name, codec, pix_fmt, more):
     assert data.resize_crop(got, 32).shape == (8, 3, 32, 32)
 
 
-@pytest.mark.parametrize("turn, matrix", [(1, (0, -1, 1, 0)), (2, (-1, 0, 0, -1)), (3, (0, 1, -1, 0))])
-def test_turned_videos_come_upright(tmp_path, turn, matrix):
-    """A phone held sideways: the file's display matrix says how to turn the stored frames."""
+def with_display_matrix(path, new, matrix):
+    """Copy a file of write() with another display matrix (a, b, c, d): x goes to (a, b), y to (c, d)."""
+    def fixed(a, b, c, d):
+        return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+
+    good = path.read_bytes()
+    at = good.index(fixed(1, 0, 0, 1), good.index(b"tkhd"))
+    new.write_bytes(good[:at] + fixed(*matrix) + good[at + 36:])
+    return new
+
+
+@pytest.mark.parametrize("matrix, want", [
+    ((0, -1, 1, 0), lambda x: np.rot90(x, 1, (1, 2))), ((-1, 0, 0, -1), lambda x: np.rot90(x, 2, (1, 2))),
+    ((0, 1, -1, 0), lambda x: np.rot90(x, 3, (1, 2))), ((-1, 0, 0, 1), lambda x: x[:, :, ::-1]),
+    ((1, 0, 0, -1), lambda x: x[:, ::-1]), ((0, 1, 1, 0), lambda x: x.swapaxes(1, 2)),
+    ((0, -1, -1, 0), lambda x: x[:, ::-1, ::-1].swapaxes(1, 2))])
+def test_turned_and_mirrored_videos_come_upright(tmp_path, matrix, want):
+    """A phone held sideways, a selfie camera: the file's display matrix says where the stored axes point."""
     frames = grey([60, 60], 32, 48)
     frames[:, :8, :8] = 220  # bright upper left corner
-    good = write(tmp_path / "a.mp4", frames).read_bytes()
-    def fixed(m):
-        return struct.pack(">9i", m[0] << 16, m[1] << 16, 0, m[2] << 16, m[3] << 16, 0, 0, 0, 1 << 30)
-    at = good.index(fixed((1, 0, 0, 1)), good.index(b"tkhd"))
-    (tmp_path / "turned.mp4").write_bytes(good[:at] + fixed(matrix) + good[at + 36:])
-    got = data.read_frames(tmp_path / "turned.mp4", 2)
-    want = torch.from_numpy(np.rot90(frames, turn, (1, 2)).copy()).permute(0, 3, 1, 2)
+    frames[:, :8, -8:] = 140
+    path = with_display_matrix(write(tmp_path / "a.mp4", frames), tmp_path / "turned.mp4", matrix)
+    got = data.read_frames(path, 2)
+    want = torch.from_numpy(want(frames).copy()).permute(0, 3, 1, 2)
     assert got.shape == want.shape and (got.float() - want.float()).abs().mean() < 2
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:x.mp4", "a b%20?.mp4", os.fsdecode(b"\xff\xe4.mp4")])
+def test_files_of_any_name(tmp_path, name):
+    os.rename(write(tmp_path / "a.mp4", grey(range(0, 200, 10))), tmp_path / name)
+    assert data.count_frames(tmp_path / name) == 20
+    assert levels(data.read_frames(tmp_path / name, 2, start=10)) == pytest.approx([100, 110], abs=2)
+
+
+@pytest.mark.parametrize("name, form, want", [("a.mp4", "mp4", 16), ("a.ts", "mpegts", 64)])
+def test_of_several_tracks_the_default_or_the_largest_is_read(tmp_path, name, form, want):
+    """Written in this order, mp4 makes the first track the default one; ts knows no default."""
+    with av.open(str(tmp_path / name), "w", format=form) as container:
+        streams = []
+        for size in (16, 64, 32):
+            stream = container.add_stream("libx264", rate=8)
+            stream.height, stream.width, stream.pix_fmt = size, size, "yuv420p"
+            streams.append(stream)
+        for _ in range(3):
+            for stream in streams:
+                picture = np.full((stream.height, stream.width, 3), stream.height, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    frames = data.read_frames(tmp_path / name, 1)
+    assert frames.shape == (1, 3, want, want) and levels(frames) == pytest.approx([want], abs=2)
+
+
+def test_frames_are_counted_where_the_header_cannot_be_right(tmp_path):
+    part = write(tmp_path / "part.mp4", grey(range(0, 250, 5)), {"movflags": "frag_every_frame"})
+    with av.open(str(part)) as container:
+        assert container.streams.video[0].frames < 10, "the header knows the first fragment"
+    assert data.count_frames(part) == 50
+
+    write_as(tmp_path / "lie.avi", grey(range(0, 250, 5)), "mpeg4", "yuv420p")
+    movie = (tmp_path / "lie.avi").read_bytes()
+    at = movie.index(b"strh") + 8 + 32
+    (tmp_path / "lie.avi").write_bytes(movie[:at] + struct.pack("<I", 2 ** 31 - 1) + movie[at + 4:])
+    with av.open(str(tmp_path / "lie.avi")) as container:
+        assert container.streams.video[0].frames == 2 ** 31 - 1
+    assert data.count_frames(tmp_path / "lie.avi") == 50
 
 
 # ----------------------------------------------------------------------------------------------------------------------
