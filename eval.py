@@ -30,8 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import viz
-from codec import read_motion
-from data import Clips, count_frames, from_model_pixels, to_model_pixels
+from data import Clips, count_frames, from_model_pixels, read_motion, to_model_pixels
 from gazing import Tiling, from_lists, last_slots, one_clip, parse_alpha, random_gazing, sheet, split_ratio, to_budgets
 from label import greedy
 from lib import configurator, run

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from data import VideoError, count_frames, quarter_turns, resize, resize_crop, to_model_pixels, video_stream
+from data import VideoError, count_frames, resize, resize_crop, to_model_pixels, upright, video_stream
 from gazing import Tiling
 
 
@@ -34,8 +34,8 @@ def probe(path):
         raise VideoError(f"{path}: cannot be decoded as a video ({error})") from error
     if frame is None:
         raise VideoError(f"{path}: not one frame in its video stream")
-    turns = quarter_turns(frame)
-    return max(n_frames, 1), rate, turns, (frame.height, frame.width)[::-1 if turns % 2 else 1]
+    size = upright(np.zeros((frame.height, frame.width)), frame).shape
+    return max(n_frames, 1), rate, size != (frame.height, frame.width), size
 
 
 def read_live(path, picks):
@@ -52,7 +52,7 @@ def read_live(path, picks):
             for i, frame in enumerate(container.decode(stream)):
                 if i == wanted:
                     size = size or {"width": frame.width, "height": frame.height}
-                    yield rate, i, np.rot90(frame.to_ndarray(format="rgb24", **size), quarter_turns(frame))
+                    yield rate, i, upright(frame.to_ndarray(format="rgb24", **size), frame)
                     wanted = next(indices, None)
                 if wanted is None:
                     return

@@ -11,9 +11,8 @@ import pytest
 import torch
 from conftest import normal_video, tiny_gaze, tiny_mae
 
-import codec
 import eval as ev
-from data import read_frames, resize_crop
+from data import VideoError, read_frames, read_motion, resize_crop
 
 ROOT = Path(__file__).parent.parent
 C = tiny_mae().config  # 16+32 px, patch 8: ids 0..3 and 4..19
@@ -144,7 +143,7 @@ def centre(x):
 def test_vectors_lie_on_the_moving_square(tmp_path, name, shape, options):
     """Where it is, with source frames between the clip's, in landscape and portrait, with and without B-frames."""
     path, stride = moving_square(tmp_path / "a.mp4", name, shape, **options), 2
-    moved = codec.read_motion(path, 4, 48, stride)
+    moved = read_motion(path, 4, 48, stride)
     video = resize_crop(read_frames(path, 4, 0, stride), 48).float()
     assert moved.shape == (4, 48, 48) and (moved[0] == 0).all()
     scale = min(shape) / 48
@@ -161,13 +160,13 @@ def test_vectors_lie_on_the_moving_square(tmp_path, name, shape, options):
 
 def test_short_and_intra_only_videos(tmp_path):
     short = moving_square(tmp_path / "a.mp4", n=3)
-    moved = codec.read_motion(short, 5, 32)
+    moved = read_motion(short, 5, 32)
     assert (moved[1:3].amax((1, 2)) > 1).all() and (moved[3:] == 0).all(), "the last frame is repeated"
-    assert codec.read_motion(moving_square(tmp_path / "b.mp4", n=1), 2, 32).abs().sum() == 0
-    assert codec.read_motion(moving_square(tmp_path / "c.avi", "mjpeg"), 4, 32) is None
+    assert read_motion(moving_square(tmp_path / "b.mp4", n=1), 2, 32).abs().sum() == 0
+    assert read_motion(moving_square(tmp_path / "c.avi", "mjpeg"), 4, 32) is None
     (tmp_path / "d.mp4").write_bytes(b"no video")
-    with pytest.raises(codec.VideoError, match="d.mp4"):
-        codec.read_motion(tmp_path / "d.mp4", 4, 32)
+    with pytest.raises(VideoError, match="d.mp4"):
+        read_motion(tmp_path / "d.mp4", 4, 32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
