@@ -24,6 +24,7 @@ from einops import rearrange
 
 from lib.configurator import numbers
 
+TENSORS = ("gazing_pos", "if_padded_gazing", "num_gazing_each_frame")
 LARGEST_SIZE = 1_000_000  # of any width, side or count in a config
 MOST_LAYERS = 1_000
 
@@ -65,6 +66,19 @@ class Grids:
             raise ValueError(f"scales={self.scales!r} must be side lengths in pixels joined by +")
         if any(side < 1 or side % self.patch_size for side in self.scale_list):
             raise ValueError(f"scales={self.scales!r} must be multiples of patch_size={self.patch_size}, joined by +")
+
+
+def check_gazing(gazing, n_clips, n_frames):
+    """ValueError says how the three tensors fit neither each other nor a video of n_clips (or copies of these)."""
+    positions, padded, counts = (gazing[name] for name in TENSORS)
+    n_slots = int(counts.sum())
+    if positions.dim() != 2 or positions.shape != padded.shape or positions.shape[1] != n_slots:
+        raise ValueError(f"gazing: gazing_pos {tuple(positions.shape)} and if_padded_gazing {tuple(padded.shape)} must "
+                         f"be (B, {n_slots}), the sum of num_gazing_each_frame")
+    if len(counts) != n_frames:
+        raise ValueError(f"gazing is of {len(counts)} frames, the video has {n_frames}")
+    if len(positions) == 0 or len(positions) % n_clips:
+        raise ValueError(f"gazing is of {len(positions)} clips, the video of {n_clips}")
 
 
 def frame_of_slot(gazing):

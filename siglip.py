@@ -13,7 +13,7 @@ Padded slots are dropped, not masked: all clips' real tokens lie one behind the 
 projections and MLPs see nothing else, and attention runs within each clip's stretch of that row.
 
 Dimension key: B clips, T frames, V patch ids per frame (all scales), N gaze slots of a clip, M real slots of the batch,
-D width, p patch size.
+D width, H heads, p patch size.
 """
 from itertools import accumulate
 from pathlib import Path
@@ -23,10 +23,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from gazing import as_sides
+from gazing import as_sides, check_gazing, frame_of_slot
 from lib.attention import block_causal_attention, causal_attention
-from lib.cpu import linear, quicken
-from lib.weights import announce, is_hub_id
+from lib.cpu import linear, quicken, scaled_dot_product_attention
+from lib.pixels import check_video
+from lib.weights import announce, check_finite, is_hub_id
 
 ATTENTION = ("block_causal", "causal", "bidirectional")
 
@@ -43,16 +44,17 @@ class GazeSigLIP(nn.Module):
 
     def __init__(self, network, scales, attention="block_causal", frame_independent=False):
         super().__init__()
-        self.network = quicken(getattr(network, "vision_model", network))  # transformers 4 wraps it once more
         if attention not in ATTENTION:
             raise ValueError(f"attention={attention!r} is none of {', '.join(ATTENTION)}")
-        self.attention, self.frame_independent = attention, frame_independent
+        self.attention = attention
+        self.frame_independent = frame_independent
+        self.network = quicken(getattr(network, "vision_model", network))  # transformers 4 wraps it once more
         self.patch_size = p = self.network.config.patch_size
-        sides = as_sides(scales)
-        if min(min(s) for s in sides) < p:
+
+        self.scales = as_sides(scales)
+        if min(min(side) for side in self.scales) < p:
             raise ValueError(f"scales={scales!r}: every side must hold a patch, {p} pixels in this network")
-        self.scales = sides
-        self.grids = [(h // p, w // p) for h, w in sides]
+        self.grids = [(h // p, w // p) for h, w in self.scales]
         self.ids_per_scale = [h * w for h, w in self.grids]
         self.num_ids = sum(self.ids_per_scale)  # V
 
@@ -63,105 +65,142 @@ class GazeSigLIP(nn.Module):
 
         FileNotFoundError: no weights there; ValueError: not a SigLIP, or scales given nowhere."""
         from transformers import SiglipVisionModel
-        here = Path(folder).is_dir()
-        nowhere = f"{folder}: neither a folder with a SigLIP's config.json and model.safetensors nor a hub id in reach"
-        if not here and not is_hub_id(folder):
-            raise FileNotFoundError(nowhere)
-        if not here:
+        no_file = f"{folder}: neither a folder with a SigLIP's config.json and model.safetensors nor a hub id in reach"
+        if not Path(folder).is_dir():
+            if not is_hub_id(folder):
+                raise FileNotFoundError(no_file)
             announce(str(folder))
+
         try:
             network, info = SiglipVisionModel.from_pretrained(str(folder), output_loading_info=True,
                                                               use_safetensors=True)
         except OSError as e:
-            raise FileNotFoundError(f"{nowhere} ({type(e).__name__})") from e
-        if info["missing_keys"]:
-            raise ValueError(f"{folder} is not a SigLIP: no {', '.join(sorted(info['missing_keys'])[:4])}, …")
+            raise FileNotFoundError(f"{no_file} ({type(e).__name__})") from e
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"{folder} is not a SigLIP: no {', '.join(missing[:4])}, …")
+        check_finite(network.state_dict(), folder)
+
+        # settings that are not given come from config.json
         c = network.config
-        scales = getattr(c, "scales", None) if scales is None else scales
+        if scales is None:
+            scales = getattr(c, "scales", None)
         if scales is None:
             raise ValueError(f"{folder}/config.json has no scales: give scales=, for instance those of the gaze model")
-        attention = attention or getattr(c, "attn_type", "block_causal")
+        if attention is None:
+            attention = getattr(c, "attn_type", "block_causal")
         if frame_independent is None:
             frame_independent = getattr(c, "frame_independent_encoding", False)
         return cls(network.float(), scales, attention, frame_independent)
 
     def forward(self, pixels, gazing):
-        """pixels (B, T, 3, H, W) of any size, as SigLIP takes them: 0..255 / 127.5 - 1, not normalised by
-        data.to_model_pixels. gazing: the dict of model.py, made for these scales and this patch size.
+        """pixels (B, T, 3, H, W) of any size, as SigLIP takes them: 0..255 / 127.5 - 1, not those of
+        data.to_model_pixels. gazing: the dict of gazing.py, made for these scales and this patch size.
 
         Returns features (B, N, D) after the last norm, in the order of the gaze's slots; zeros in padded ones.
-        ValueError: a real slot's id is none of its frame's (a gaze for other scales or patches); 8-bit pixels."""
-        if not pixels.is_floating_point():
-            raise ValueError(f"pixels are {pixels.dtype}, 0..255: give frames.float() / 127.5 - 1")
-        pos, padded, n = gazing["gazing_pos"], gazing["if_padded_gazing"], gazing["num_gazing_each_frame"].tolist()
+        ValueError: wrong pixels; a real slot's id is none of its frame's (a gaze for other scales or patches)."""
+        weight = self.network.embeddings.patch_embedding.weight
+        pixels = check_video(pixels, weight, "frames.float() / 127.5 - 1", name="pixels")
         B, T = pixels.shape[:2]
-        assert len(n) == T and pos.shape == padded.shape == (B, sum(n)), (pixels.shape, pos.shape, padded.shape, n)
-        clip, slot = (~padded).nonzero(as_tuple=True)  # (M,) each; clip by clip, in the order of the slots
-        frame = torch.repeat_interleave(torch.arange(T), torch.tensor(n)).to(pos.device)[slot]
-        ids = pos[clip, slot] - self.num_ids * frame
-        wrong = ((ids < 0) | (ids >= self.num_ids)).nonzero().flatten().tolist()
-        if wrong:
-            b, t, i = (int(x[wrong[0]]) for x in (clip, frame, ids))
-            raise ValueError(
-                f"gazing_pos of clip {b}, frame {t} holds id {i} (less {self.num_ids} * frame), but a frame has ids 0.."
-                f"{self.num_ids - 1} at scales {self.scales}, patch {self.patch_size}: call generate() with "
-                "target_scales=siglip.scales, target_patch_size=siglip.patch_size")
-        x = self.embed(pixels.flatten(0, 1), clip * T + frame, ids)  # (M, D)
+        check_gazing(gazing, B, T)
+        if len(gazing["gazing_pos"]) != B:
+            raise ValueError(f"gazing is of {len(gazing['gazing_pos'])} clips, pixels of {B}")
+        clip, slot, frame, patch_id = self.real_slots(gazing)               # (M,) each
+        x = self.embed(pixels.flatten(0, 1), clip * T + frame, patch_id)    # (M, D)
 
-        count = torch.stack([(~part).sum(1) for part in padded.split(n, dim=1)], dim=1).tolist()  # (B, T) real slots
-        rows = B if all(c == count[0] for c in count) else 1
-        if rows > 1:  # clips alike go through attention together
-            count = count[:1]
-        if self.frame_independent:  # each frame is a sequence of one frame
-            count = [[c] for row in count for c in row]
-        sequences = [list(accumulate(c)) for c in count]  # of each, the ends of its frames
+        # real slots of each clip's frames; clips that agree in these go through attention together, as rows
+        counts = torch.bincount(clip * T + frame, minlength=B * T).view(B, T).tolist()
+        rows = 1
+        if all(row == counts[0] for row in counts):
+            rows = B
+            counts = counts[:1]
+
+        # the sequences that attention runs over, one behind the other: of each, where its frames end
+        if self.frame_independent:
+            sequences = [[count] for row in counts for count in row]
+        else:
+            sequences = [list(accumulate(row)) for row in counts]
+
         for layer in self.network.encoder.layers:
-            a, y = layer.self_attn, layer.layer_norm1(x)
-            q, k, v = (rearrange(f(y), "(r m) (h d) -> r h m d", r=rows, h=a.num_heads)
-                       for f in (a.q_proj, a.k_proj, a.v_proj))
-            y = rearrange(self.attend(q, k, v, sequences), "r h m d -> (r m) (h d)")
-            x = x + a.out_proj(y)
+            attention = layer.self_attn
+            y = layer.layer_norm1(x)
+            q, k, v = (rearrange(project(y), "(r m) (h d) -> r h m d", r=rows, h=attention.num_heads)
+                       for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+            y = self.attend(q, k, v, sequences)
+            x = x + attention.out_proj(rearrange(y, "r h m d -> (r m) (h d)"))
             x = x + layer.mlp(layer.layer_norm2(x))
-        x = self.network.post_layernorm(x)
-        return x.new_zeros(B, sum(n), x.shape[1]).index_put((clip, slot), x)
 
-    def embed(self, frames, frame, ids):
+        x = self.network.post_layernorm(x)
+        return x.new_zeros(B, gazing["gazing_pos"].shape[1], x.shape[1]).index_put((clip, slot), x)
+
+    def real_slots(self, gazing):
+        """(M,) clip, slot, frame and id within the frame of the slots that are not padded, clip by clip."""
+        clip, slot = (~gazing["if_padded_gazing"]).nonzero(as_tuple=True)
+        frame = frame_of_slot(gazing)[slot]
+        patch_id = gazing["gazing_pos"][clip, slot] - self.num_ids * frame
+
+        wrong = ((patch_id < 0) | (patch_id >= self.num_ids)).nonzero().flatten()
+        if len(wrong):
+            i = wrong[0]
+            raise ValueError(
+                f"gazing_pos of clip {int(clip[i])}, frame {int(frame[i])} holds id {int(patch_id[i])} (less "
+                f"{self.num_ids} * frame), but a frame has ids 0..{self.num_ids - 1} at scales {self.scales}, patch "
+                f"{self.patch_size}: call generate() with target_scales=siglip.scales, "
+                "target_patch_size=siglip.patch_size")
+        return clip, slot, frame, patch_id
+
+    def embed(self, frames, frame, patch_id):
         """frames (B·T, 3, H, W); patch ids (M,) of frame (M,) -> (M, D). Only gazed patches are cut and embedded."""
-        e, p = self.network.embeddings, self.patch_size
-        conv, table = e.patch_embedding, e.position_embedding.weight
+        p = self.patch_size
+        conv = self.network.embeddings.patch_embedding
+        table = self.network.embeddings.position_embedding.weight.float()   # of the image size it was trained at
         side = int(len(table) ** 0.5)
-        table = rearrange(table.float(), "(h w) d -> 1 d h w", h=side)
-        patches, positions, start = frames.new_empty(len(ids), conv.weight[0].numel()), [], 0
-        for size, grid, n in zip(self.scales, self.grids, self.ids_per_scale, strict=True):
+        table = rearrange(table, "(h w) d -> 1 d h w", h=side)
+
+        patches = frames.new_empty(len(patch_id), conv.weight[0].numel())   # (M, 3·p·p)
+        positions = []
+        first_id = 0
+        for size, grid, n_ids in zip(self.scales, self.grids, self.ids_per_scale, strict=True):
             x = frames
             if x.shape[-2:] != size:
                 x = F.interpolate(x, size, mode="bicubic", align_corners=False)
-            x = x.unfold(2, p, p).unfold(3, p, p)  # (B·T, 3, h, w, p, p), a view
-            here = ((ids >= start) & (ids < start + n)).nonzero().flatten()
-            i = ids[here] - start
-            patches[here] = x[frame[here], :, i // grid[1], i % grid[1]].flatten(1)
-            at = table if grid == (side, side) else F.interpolate(table, grid, mode="bicubic", align_corners=False)
-            positions.append(rearrange(at, "1 d h w -> (h w) d"))
-            start += n
-        x = linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
-        return x + torch.cat(positions).to(x.dtype)[ids]
+            x = x.unfold(2, p, p).unfold(3, p, p)                           # (B·T, 3, h, w, p, p), a view
+
+            # the gazed patches of this scale
+            index = ((patch_id >= first_id) & (patch_id < first_id + n_ids)).nonzero().flatten()
+            cell = patch_id[index] - first_id
+            patches[index] = x[frame[index], :, cell // grid[1], cell % grid[1]].flatten(1)
+
+            position = table
+            if grid != (side, side):
+                position = F.interpolate(table, grid, mode="bicubic", align_corners=False)
+            positions.append(rearrange(position, "1 d h w -> (h w) d"))
+            first_id += n_ids
+
+        x = linear(patches, conv.weight.flatten(1), conv.bias)
+        return x + torch.cat(positions).to(x.dtype)[patch_id]
 
     def attend(self, q, k, v, sequences):
         """q, k, v (rows, H, L, d): sequences one behind the other; of each, the ends of its frames within it."""
-        out, start = [q[:, :, :0]], 0  # something to join, if no clip has a real slot
+        out = [q[:, :, :0]]  # something to join, if no clip has a real slot
+        start = 0
         for ends in sequences:
-            here = [x[:, :, start:start + ends[-1]] for x in (q, k, v)]
-            start += ends[-1]
+            end = start + ends[-1]
+            part = q[:, :, start:end], k[:, :, start:end], v[:, :, start:end]
+            start = end
             if ends[-1] == 0:  # nothing gazed
                 continue
-            if self.attention == "block_causal" and len(ends) > 1:
-                out.append(block_causal_attention(*here, ends))
+
+            if self.attention == "causal":
+                out.append(causal_attention(*part))
+            elif self.attention == "bidirectional" or len(ends) == 1:
+                out.append(scaled_dot_product_attention(*part))
             else:
-                out.append(causal_attention(*here) if self.attention == "causal" else
-                           F.scaled_dot_product_attention(*here))
+                out.append(block_causal_attention(*part, ends))
         return torch.cat(out, dim=2)
 
     def pool(self, features, gazing):
         """features (B, N, D) of forward -> (B, D), SigLIP's attention pooling over the real slots of each clip."""
         real = ~gazing["if_padded_gazing"]
-        return torch.cat([self.network.head(f[r].unsqueeze(0)) for f, r in zip(features, real, strict=True)])
+        pooled = [self.network.head(f[r].unsqueeze(0)) for f, r in zip(features, real, strict=True)]
+        return torch.cat(pooled)

@@ -3,15 +3,15 @@
     mae = VideoMAE.from_pretrained("out/toy/videomae")         # a folder, a state-dict file or a hub id
     reconstruction, loss = mae(video, gazing, frames=[0, 7])   # (B, F, 3, R, R), (B, F)
 
-From the gazed patches alone it paints whole frames: frame t is reconstructed from the patches gazed in frames <= t
-(paper, section 3.3 and appendix). `gazing` is the dict described in model.py; video comes from
-`data.to_model_pixels`.
-Module and parameter names follow Hugging Face's ViTMAE, so that published files load without a renaming table.
+From the gazed patches alone it reconstructs whole frames: frame t from the patches gazed in frames <= t (paper, section
+3.3 and appendix). `gazing` is the dict described in gazing.py; video holds the pixels of data.to_model_pixels. Modules
+and parameters have the names of Hugging Face's ViTMAE, so that published files load without a renaming table.
 
-Dimension key: B clips, T frames, F frames to reconstruct, S scales, V patch ids per frame, N gaze slots, L tokens,
-D width.
+Dimension key: B clips, T frames, F frames to reconstruct, S scales, V patch ids per frame, P of them at the finest
+scale, N gaze slots, L tokens, D width, rows: B clips or G·B copies of them (copy-major, g·B + b).
 """
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -20,18 +20,33 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from data import IMAGE_MEAN, IMAGE_STD
-from gazing import Grids
+from gazing import Grids, check_gazing
 from lib.attention import block_causal_attention
 from lib.cpu import Linear, linear, quicken
-from lib.weights import announce, assign, download, is_hub_id, old_name, read_config, read_tensors, save_folder
+from lib.pixels import check_video
+from lib.weights import (
+    announce,
+    assign,
+    check_finite,
+    download,
+    is_hub_id,
+    old_name,
+    read_config,
+    read_tensors,
+    save_folder,
+)
 
 WEIGHT_FILES = ("model.safetensors", "videomae.pt", "pytorch_model.bin")  # in a folder or on the hub, the first found
-# Parameters that a plain ViTMAE lacks; taken as start weights they are drawn anew.
+
+# Parameters that a plain ViTMAE lacks. Where its weights are the start, these are drawn anew.
 VIDEO_ONLY = ("vit.embeddings.scale_embed", "vit.embeddings.time_embed", "decoder.decoder_scale_embed",
               "decoder.time_embed")
+
 # Perceptual networks: hub id of the published loss, mean and spread of the pixels that they expect.
 NETWORKS = {"dinov2_reg": ("facebook/dinov2-with-registers-base", IMAGE_MEAN, IMAGE_STD),
             "siglip2": ("google/siglip2-base-patch16-224", (0.5,) * 3, (0.5,) * 3)}
+
+
 @dataclass
 class VideoMAEConfig(Grids):
     """Field names of Hugging Face's ViTMAEConfig plus scales and max_num_frames. Defaults: the published ViT-L."""
@@ -55,15 +70,19 @@ class VideoMAEConfig(Grids):
         self.check_sizes()
         if self.scale_list[-1] != self.image_size:
             raise ValueError(f"scales={self.scales!r} must end with image_size={self.image_size}")
-        for which in ("", "decoder_"):
-            d, n = getattr(self, f"{which}hidden_size"), getattr(self, f"{which}num_attention_heads")
-            if d % 4 or d % n:
-                raise ValueError(f"{which}hidden_size={d} must be a multiple of 4 and of its num_attention_heads={n}")
+
+        for part in ("", "decoder_"):
+            width = getattr(self, f"{part}hidden_size")
+            n_heads = getattr(self, f"{part}num_attention_heads")
+            if width % 4 or width % n_heads:
+                raise ValueError(f"{part}hidden_size={width} must be a multiple of 4 and of "
+                                 f"{part}num_attention_heads={n_heads}")
 
     @classmethod
     def from_file(cls, path):
-        known = {f.name for f in fields(cls)}
-        return read_config(path, lambda d: cls(**{k: v for k, v in d.items() if k in known}))
+        """Read a config.json. Keys of Hugging Face's that are not ours are ignored."""
+        names = [field.name for field in fields(cls)]
+        return read_config(path, lambda settings: cls(**{n: settings[n] for n in names if n in settings}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,34 +94,46 @@ class Block(nn.Module):
 
     def __init__(self, dim, num_heads, mlp, eps):
         super().__init__()
-        def dense(i, o):
-            return nn.ModuleDict({"dense": Linear(i, o)})
         self.num_heads = num_heads
+        self.layernorm_before = nn.LayerNorm(dim, eps=eps)
         self.attention = nn.ModuleDict({
-            "attention": nn.ModuleDict({n: Linear(dim, dim) for n in ("query", "key", "value")}),
-            "output": dense(dim, dim)})
-        self.intermediate, self.output = dense(dim, mlp), dense(mlp, dim)
-        self.layernorm_before, self.layernorm_after = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
-
-    def qkv(self, x):
-        y = self.layernorm_before(x)
-        return [rearrange(self.attention.attention[n](y), "b l (h d) -> b h l d", h=self.num_heads)
-                for n in ("query", "key", "value")]
-
-    def finish(self, x, y):  # y (B, H, L, d): what attention returned
-        x = x + self.attention.output.dense(rearrange(y, "b h l d -> b l (h d)"))
-        return x + self.output.dense(F.gelu(self.intermediate.dense(self.layernorm_after(x))))
+            "attention": nn.ModuleDict({"query": Linear(dim, dim), "key": Linear(dim, dim), "value": Linear(dim, dim)}),
+            "output": nn.ModuleDict({"dense": Linear(dim, dim)}),
+        })
+        self.layernorm_after = nn.LayerNorm(dim, eps=eps)
+        self.intermediate = nn.ModuleDict({"dense": Linear(dim, mlp)})
+        self.output = nn.ModuleDict({"dense": Linear(mlp, dim)})
 
     def forward(self, x, ends, keep):
+        """x (rows, L, D); ends and keep: see block_causal_attention."""
         q, k, v = self.qkv(x)
-        return self.finish(x, block_causal_attention(q, k, v, ends, keep))
+        y = block_causal_attention(q, k, v, ends, keep)
+        return self.finish(x, y)
+
+    def qkv(self, x):
+        """x (rows, L, D) -> q, k, v (rows, H, L, d)"""
+        x = self.layernorm_before(x)
+        projections = self.attention.attention.values()
+        return [rearrange(project(x), "b l (h d) -> b h l d", h=self.num_heads) for project in projections]
+
+    def finish(self, x, y):
+        """What comes after attention, whose result is y (rows, H, L, d)."""
+        y = rearrange(y, "b h l d -> b l (h d)")
+        x = x + self.attention.output.dense(y)
+        y = self.intermediate.dense(self.layernorm_after(x))
+        return x + self.output.dense(F.gelu(y))
 
 
 def sincos_positions(dim, side):
     """(1 + side², dim) fixed positions: zeros for CLS; column in the first half, row in the second, sin then cos."""
-    freq = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    halves = [torch.cat([torch.sin(a), torch.cos(a)], dim=1) for a in (x.reshape(-1, 1) * freq for x in (col, row))]
+    exponent = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
+    frequency = 1.0 / 10000 ** exponent
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+
+    halves = []
+    for place in (column, row):
+        angle = place.reshape(-1, 1) * frequency
+        halves += [angle.sin(), angle.cos()]
     return torch.cat([torch.zeros(1, dim), torch.cat(halves, dim=1).float()])
 
 
@@ -113,54 +144,64 @@ def sincos_positions(dim, side):
 class Embeddings(nn.Module):
     def __init__(self, c):
         super().__init__()
-        d, side = c.hidden_size, c.image_size // c.patch_size
         self.c = c
+        d = c.hidden_size
+        self.side = c.image_size // c.patch_size        # of the finest grid, in patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
-        self.position_embeddings = nn.Parameter(sincos_positions(d, side).unsqueeze(0), requires_grad=False)
+        positions = sincos_positions(d, self.side).unsqueeze(0)
+        self.position_embeddings = nn.Parameter(positions, requires_grad=False)
         self.scale_embed = nn.Parameter(torch.zeros(len(c.scale_list), d))
         self.time_embed = nn.Parameter(torch.zeros(c.max_num_frames, d))
         self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(c.num_channels, d, c.patch_size, c.patch_size)})
 
-    def grid_positions(self):
-        """(V, D): the finest grid's positions resized bicubically to every scale's grid, plus the scale embeddings."""
-        side = self.c.image_size // self.c.patch_size
-        grid = rearrange(self.position_embeddings[:, 1:], "1 (h w) d -> 1 d h w", h=side)
-        out = []
-        for s, n in enumerate(self.c.scale_list):
-            n = n // self.c.patch_size
-            p = grid if n == side else F.interpolate(grid, (n, n), mode="bicubic", align_corners=False)
-            out.append(rearrange(p, "1 d h w -> (h w) d") + self.scale_embed[s])
-        return torch.cat(out)
-
-    def patches(self, video):
-        """video (B, T, 3, R, R) -> the pixels of every patch id of every frame (B, T·V, 3·p·p)."""
-        B, p, out = len(video), self.c.patch_size, []
-        for side in self.c.scale_list:
-            x = video.flatten(0, 1)
-            if side != x.shape[-1]:
-                x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False)
-            out.append(rearrange(x, "bt c (h p) (w q) -> bt (h w) (c p q)", p=p, q=p))
-        return rearrange(torch.cat(out, dim=1), "(b t) v d -> b (t v) d", b=B)
-
-    def forward(self, patches, pos):
+    def forward(self, patches, positions):
         """patches (…, 3·p·p) and their ids + V·t (…) -> tokens (…, D): only what is gazed gets embedded."""
-        V, conv = self.c.num_ids, self.patch_embeddings.projection
+        V = self.c.num_ids
+        conv = self.patch_embeddings.projection
         x = linear(patches, conv.weight.flatten(1), conv.bias)
-        return x + self.grid_positions()[pos % V] + self.time_embed[pos // V]
+        return x + self.grid_positions()[positions % V] + self.time_embed[positions // V]
 
     def cls(self):  # (1, 1, D)
         return self.cls_token + self.position_embeddings[:, :1]
+
+    def patches(self, video):
+        """video (B, T, 3, R, R) -> the pixels of every patch id of every frame (B, T·V, 3·p·p)."""
+        p = self.c.patch_size
+        frames = video.flatten(0, 1)
+        patches = []
+        for side in self.c.scale_list:
+            x = frames
+            if side != x.shape[-1]:
+                x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False)
+            patches.append(rearrange(x, "bt c (h p) (w q) -> bt (h w) (c p q)", p=p, q=p))
+        patches = torch.cat(patches, dim=1)
+        return rearrange(patches, "(b t) v d -> b (t v) d", b=len(video))
+
+    def grid_positions(self):
+        """(V, D): the finest grid's positions resized bicubically to every scale's grid, plus the scale embeddings."""
+        grid = rearrange(self.position_embeddings[:, 1:], "1 (h w) d -> 1 d h w", h=self.side)
+        positions = []
+        for scale, size in enumerate(self.c.scale_list):
+            side = size // self.c.patch_size
+            x = grid
+            if side != self.side:
+                x = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+            positions.append(rearrange(x, "1 d h w -> (h w) d") + self.scale_embed[scale])
+        return torch.cat(positions)
 
 
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
-        d, side = c.decoder_hidden_size, c.image_size // c.patch_size
         self.c = c
+        d = c.decoder_hidden_size
+        self.side = c.image_size // c.patch_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(d, side).unsqueeze(0), requires_grad=False)
+        positions = sincos_positions(d, self.side).unsqueeze(0)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_scale_embed = nn.Parameter(torch.zeros(len(c.scale_list), d))
         self.time_embed = nn.Parameter(torch.zeros(c.max_num_frames, d))
+
         self.decoder_embed = Linear(c.hidden_size, d)
         self.decoder_layers = nn.ModuleList(
             Block(d, c.decoder_num_attention_heads, c.decoder_intermediate_size, c.layer_norm_eps)
@@ -168,45 +209,53 @@ class Decoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(d, eps=c.layer_norm_eps)
         self.decoder_pred = Linear(d, c.patch_size ** 2 * c.num_channels)
 
+    def cls(self, encoded):
+        """The encoder's CLS (rows, 1, its width) -> the decoder's (rows, 1, D)."""
+        return self.decoder_embed(encoded) + self.decoder_pos_embed[:, :1]
+
     def grid_positions(self):
         """(V, D). A quirk the published weights rely on: the flattened positions are resized in one dimension."""
-        flat = self.decoder_pos_embed[:, 1:].transpose(1, 2).unsqueeze(2)  # (1, D, 1, P)
-        out = []
-        for s, n in enumerate(self.c.ids_per_scale):
-            p = flat if n == flat.shape[-1] else F.interpolate(flat, (1, n), mode="bicubic", align_corners=False)
-            out.append(p[0, :, 0].T + self.decoder_scale_embed[s])
-        return torch.cat(out)
-
-    def cls(self, h):  # h (B, 1, encoder width): the encoder's CLS -> (B, 1, D)
-        return self.decoder_embed(h) + self.decoder_pos_embed[:, :1]
+        flat = rearrange(self.decoder_pos_embed[:, 1:], "1 p d -> 1 d 1 p")
+        positions = []
+        for scale, n_ids in enumerate(self.c.ids_per_scale):
+            x = flat
+            if n_ids != flat.shape[-1]:
+                x = F.interpolate(flat, (1, n_ids), mode="bicubic", align_corners=False)
+            positions.append(rearrange(x, "1 d 1 p -> p d") + self.decoder_scale_embed[scale])
+        return torch.cat(positions)
 
     def pixels(self, x):
         """Hidden states of a frame's finest tokens (…, P, D) -> pixels (…, 3, R, R)."""
-        c = self.c
+        p = self.c.patch_size
         x = self.decoder_pred(self.decoder_norm(x))
-        return rearrange(x, "... (h w) (p q c) -> ... c (h p) (w q)", h=c.image_size // c.patch_size, p=c.patch_size,
-                         q=c.patch_size)
+        return rearrange(x, "... (h w) (p q c) -> ... c (h p) (w q)", h=self.side, p=p, q=p)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
 
 
 class VideoMAE(nn.Module):
     """See the module's docstring. loss_type and loss_weights: terms joined by '+', for instance
-    "l1+dinov2_reg+siglip2" and "1+0.3+0.3"; dinov2_reg and siglip2: folder or hub id of those networks (none: the
+    "l1+dinov2_reg+siglip2" and "1+0.3+0.3"; dinov2_reg and siglip2: folder or hub id of those networks (None: the
     published one)."""
 
     def __init__(self, config, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None):
         super().__init__()
         c = self.config = config
+        layers = nn.ModuleList(
+            Block(c.hidden_size, c.num_attention_heads, c.intermediate_size, c.layer_norm_eps)
+            for _ in range(c.num_hidden_layers))
         self.vit = nn.ModuleDict({
             "embeddings": Embeddings(c),
-            "encoder": nn.ModuleDict({"layer": nn.ModuleList(
-                Block(c.hidden_size, c.num_attention_heads, c.intermediate_size, c.layer_norm_eps)
-                for _ in range(c.num_hidden_layers))}),
-            "layernorm": nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)})
+            "encoder": nn.ModuleDict({"layer": layers}),
+            "layernorm": nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps),
+        })
         self.decoder = Decoder(c)
-        std = c.initializer_range
+
         for name, p in self.named_parameters():
             if p.requires_grad and p.dim() > 1:
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=c.initializer_range)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         self.loss = ReconstructionLoss(loss_type, loss_weights, dinov2_reg, siglip2)
@@ -221,41 +270,50 @@ class VideoMAE(nn.Module):
         Perceptual networks come from the file if it holds them, else from dinov2_reg and siglip2 (as in the class).
         FileNotFoundError: no weights there; ValueError names tensors that do not fit."""
         path = download(str(path), WEIGHT_FILES) if is_hub_id(path) else Path(path)
-        folder = path if path.is_dir() else None
-        if folder:
-            if config is None and (folder / "config.json").is_file():
-                config = VideoMAEConfig.from_file(folder / "config.json")
-            path = next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), folder / WEIGHT_FILES[0])
+        is_folder = path.is_dir()
+        if is_folder:
+            config_file = path / "config.json"
+            if config is None and config_file.is_file():
+                config = VideoMAEConfig.from_file(config_file)
+            found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+            path = found[0] if found else path / WEIGHT_FILES[0]
+
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no VideoMAE weights there (expected a folder written by "
                                     "train_videomae.py or transformers, a state-dict file, or a hub id)")
-        return cls.from_state(read_tensors(path), config or VideoMAEConfig(), path, bool(folder), loss_type=loss_type,
+        return cls.from_state(read_tensors(path), config or VideoMAEConfig(), path, draw=is_folder, loss_type=loss_type,
                               loss_weights=loss_weights, dinov2_reg=dinov2_reg, siglip2=siglip2)
 
     @classmethod
     def from_state(cls, state, config, source, draw=False, **loss):
-        """The same of the state dict that the file `source` holds, a checkpoint's too, whose own perceptual networks a
-        resumed run must have. draw: scale and time embeddings are drawn if it has none."""
+        """Build the model from a state dict. Perceptual networks in it are used: a resumed run must keep its own.
+        `source` names the file in errors. `draw`: missing scale and time embeddings are initialised at random."""
         with torch.device("meta"):
             mae = cls(config)
-        tensors, networks = {}, {term: {} for term in NETWORKS}
-        for name, t in state.items():
-            name = name.removeprefix("module.").removeprefix("mae.").removeprefix("loss.networks.")
-            term, _, rest = name.partition(".")
-            if term in networks:
-                networks[term][old_name(rest)] = t
+
+        # sort the tensors: the reconstructor's, and those of each perceptual network
+        weights = {}
+        networks = {term: {} for term in NETWORKS}
+        for name, tensor in state.items():
+            for prefix in ("module.", "mae.", "loss.networks."):
+                name = name.removeprefix(prefix)
+            first, _, rest = name.partition(".")
+            if first in networks:
+                networks[first][old_name(rest)] = tensor
             else:
-                tensors[old_name(name)] = t
-        if draw and not any(n in tensors for n in VIDEO_ONLY):
-            std = config.initializer_range
-            tensors |= {n: torch.randn(mae.get_parameter(n).shape) * std for n in VIDEO_ONLY}
-        assign(mae, tensors, f"{source} and the config")
+                weights[old_name(name)] = tensor
+
+        if draw and not any(name in weights for name in VIDEO_ONLY):
+            for name in VIDEO_ONLY:
+                weights[name] = torch.randn(mae.get_parameter(name).shape) * config.initializer_range
+
+        assign(mae, weights, f"{source} and the config")
         mae.loss = ReconstructionLoss(**loss, networks=networks, source=source)
         return mae
 
     def save_pretrained(self, folder):
         """Write config.json + model.safetensors; perceptual networks are left out."""
-        weights = {n: p for n, p in self.state_dict().items() if not n.startswith("loss.")}
+        weights = {name: p for name, p in self.state_dict().items() if not name.startswith("loss.")}
         save_folder(folder, weights, asdict(self.config) | {"model_type": "vit_mae"})
 
     def freeze(self):
@@ -266,70 +324,93 @@ class VideoMAE(nn.Module):
     def forward(self, video, gazing, frames):
         """Reconstruct frames from the gazes of these and earlier frames, and measure each one's loss.
 
-        video (B, T, 3, R, R) normalised pixels; frames: F indices in any order, the output follows it. gazing: B clips,
-        or G·B copies (copy-major, g·B + b), whose patch embeddings and loss targets are then computed once per clip.
-        Returns (reconstruction (rows, F, 3, R, R), loss (rows, F)).
+        video (B, T, 3, R, R), pixels of data.to_model_pixels; frames: F indices in any order, the output follows it.
+        gazing: of B clips, or of G·B copies (copy-major, g·B + b), whose loss targets and patches are then computed
+        once per clip. Returns (reconstruction (rows, F, 3, R, R), loss (rows, F)).
+        ValueError names what is wrong with the video, the gazing or the frames.
         """
         reconstruction = self.reconstruct(video, gazing, frames)
-        rows, B = len(reconstruction), len(video)
-        target = self.loss.target(video[:, frames])
-        loss = self.loss(reconstruction.unflatten(0, (rows // B, B)), target)  # (G, B, F)
+        copies = reconstruction.unflatten(0, (-1, len(video)))         # (G, B, F, 3, R, R)
+        target = self.loss.target(video[:, frames].to(self.decoder.mask_token.dtype))
+        loss = self.loss(copies, target)                               # (G, B, F)
         return reconstruction, loss.flatten(0, 1)
 
     def reconstruct(self, video, gazing, frames):
-        frames = [int(f) for f in frames]
-        n = gazing["num_gazing_each_frame"].tolist()
-        assert video.shape[-1] == video.shape[-2] == self.config.image_size and len(n) == video.shape[1]
-        last = max(frames) + 1  # nothing later can matter
-        n = n[:last]
-        N = sum(n)
-        padded = gazing["if_padded_gazing"][:, :N]
-        rows, B = len(padded), len(video)
-        assert rows % B == 0
-        pos = gazing["gazing_pos"][:, :N].masked_fill(padded, 0)  # padded: any token; the caller's tensor stays
-        keep = F.pad(~padded, (1, 0), value=True) if padded.any() else None
+        """The first half of forward: -> (rows, F, 3, R, R)."""
+        frames = [int(t) for t in frames]
+        video = check_video(video, self.decoder.mask_token, "data.to_model_pixels(frames)", self.config.image_size)
+        T = video.shape[1]
+        check_gazing(gazing, len(video), T)
+        if T > self.config.max_num_frames:
+            raise ValueError(f"video has {T} frames, this reconstructor is for {self.config.max_num_frames}")
+        if not frames or min(frames) < 0 or max(frames) >= T:
+            raise ValueError(f"frames={frames}: name at least one of the video's frames, 0..{T - 1}")
 
-        # encoder: CLS and the gazed tokens, block-causal over frames
-        e = self.vit.embeddings
-        clip = torch.arange(rows, device=pos.device).unsqueeze(1) % B
-        x = torch.cat([e.cls().expand(rows, -1, -1), e(e.patches(video[:, :last])[clip, pos], pos)], dim=1)
-        ends = [1]
-        for n_t in n:
-            ends.append(ends[-1] + n_t)
+        # nothing after the last frame to reconstruct can matter
+        n_frames = max(frames) + 1
+        counts = gazing["num_gazing_each_frame"].tolist()[:n_frames]
+        N = sum(counts)
+        padded = gazing["if_padded_gazing"][:, :N]
+        positions = gazing["gazing_pos"][:, :N].masked_fill(padded, 0)          # padded slots: any patch
+
+        # encoder: CLS and the gazed patches. Copies of a clip share its patches
+        embeddings = self.vit.embeddings
+        rows, B = len(padded), len(video)
+        clip = torch.arange(rows, device=positions.device).unsqueeze(1) % B     # (rows, 1)
+        patches = embeddings.patches(video[:, :n_frames])[clip, positions]      # (rows, N, 3·p·p)
+        x = torch.cat([embeddings.cls().expand(rows, -1, -1), embeddings(patches, positions)], dim=1)
+
+        keep = F.pad(~padded, (1, 0), value=True) if padded.any() else None
+        ends = list(accumulate([1, *counts]))
         for layer in self.vit.encoder.layer:
             x = layer(x, ends, keep)
-        x = self.vit.layernorm(x)
-        return self.decode(x, pos, padded, n, frames)
+        x = self.vit.layernorm(x)                                               # (rows, 1 + N, D)
+        return self.decode(x, positions, padded, counts, frames)
 
-    def decode(self, x, pos, padded, n, frames):
-        """x (rows, 1 + N, D) encoded CLS, gazes -> pixels of `frames`. These get all V tokens, others their gazes."""
-        d, V = self.decoder, self.config.num_ids
-        rows, P = len(x), self.config.ids_per_scale[-1]
-        seen, grid = d.decoder_embed(x[:, 1:]), d.grid_positions()
-        parts, keep, ends, at, full_at = [d.cls(x[:, :1])], [padded.new_ones(rows, 1)], [1], 0, {}
-        for t, n_t in enumerate(n):
-            slots, ids, pad = seen[:, at:at + n_t], pos[:, at:at + n_t] - V * t, padded[:, at:at + n_t]
-            ids = ids.masked_fill(pad, 0)
+    def decode(self, encoded, positions, padded, counts, frames):
+        """encoded (rows, 1 + N, D) CLS and gazed patches -> pixels of `frames` (rows, F, 3, R, R). Frames to
+        reconstruct get all V tokens, other frames only their gazed ones."""
+        decoder = self.decoder
+        V, P = self.config.num_ids, self.config.ids_per_scale[-1]
+        rows, device = len(encoded), encoded.device
+
+        # 1. where every frame's tokens lie, which patches they stand for, and where each slot's token goes
+        starts, patch_id, visible, slot_place = [0], [], [], []
+        for t, (slots, pad) in enumerate(zip(positions.split(counts, 1), padded.split(counts, 1), strict=True)):
+            start = starts[t]
+            slots = (slots - V * t).masked_fill(pad, 0)
             if t in frames:
-                full_at[t] = ends[-1]
-                full = d.mask_token.expand(rows, V + 1, -1)
-                # padded slots are written to a column that is cut off again
-                index = ids.masked_fill(pad, V).unsqueeze(-1).expand_as(slots)
-                part = full.scatter(1, index, slots.to(full.dtype))[:, :V] + grid  # autocast halves slots
-                keep.append(padded.new_ones(rows, V))
+                starts.append(start + V)
+                patch_id.append(torch.arange(V, device=device).expand(rows, V))
+                visible.append(pad.new_ones(rows, V))
+                slot_place.append(start + slots)
             else:
-                part = slots + grid[ids]
-                keep.append(~pad)
-            parts.append(part + d.time_embed[t])
-            ends.append(ends[-1] + part.shape[1])
-            at += n_t
-        x = torch.cat(parts, dim=1)
-        keep = torch.cat(keep, dim=1)
-        keep = None if not padded.any() else keep
-        for layer in d.decoder_layers:
+                starts.append(start + counts[t])
+                patch_id.append(slots)
+                visible.append(~pad)
+                slot_place.append(torch.arange(start, start + counts[t], device=device).expand(rows, -1))
+
+        n_tokens = starts[-1]
+        patch_id = torch.cat(patch_id, dim=1)                                   # (rows, n_tokens)
+        slot_place = torch.cat(slot_place, dim=1).masked_fill(padded, n_tokens)  # (rows, N)
+        frame = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(starts).diff()).to(device)
+
+        # 2. fill: mask tokens everywhere, then the gazed ones; padded slots go to a last column, which is cut off
+        gazed = decoder.decoder_embed(encoded[:, 1:])                           # (rows, N, D)
+        x = decoder.mask_token.expand(rows, n_tokens + 1, -1)
+        x = x.scatter(1, slot_place.unsqueeze(-1).expand_as(gazed), gazed.to(x.dtype))[:, :n_tokens]
+        x = x + F.embedding(patch_id, decoder.grid_positions()) + decoder.time_embed[frame]
+        x = torch.cat([decoder.cls(encoded[:, :1]), x], dim=1)                  # (rows, 1 + n_tokens, D)
+
+        # 3. transformer; the finest tokens, a frame's last ones, are its picture
+        keep = None
+        if padded.any():
+            keep = torch.cat([padded.new_ones(rows, 1), *visible], dim=1)
+        ends = [1 + start for start in starts]
+        for layer in decoder.decoder_layers:
             x = layer(x, ends, keep)
-        finest = torch.stack([x[:, full_at[t] + V - P:full_at[t] + V] for t in frames], dim=1)
-        return d.pixels(finest)
+        finest = [x[:, ends[t + 1] - P:ends[t + 1]] for t in frames]
+        return decoder.pixels(torch.stack(finest, dim=1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,41 +428,27 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.terms = loss_type.split("+")
         try:
-            self.weights = [float(w) for w in loss_weights.split("+")]
+            self.weights = [float(weight) for weight in loss_weights.split("+")]
         except ValueError:
             raise ValueError(f"loss_weights={loss_weights!r}: write a number per term, joined by +") from None
+
         if len(self.terms) != len(self.weights):
             raise ValueError(
                 f"loss_type={loss_type!r} and loss_weights={loss_weights!r} name different numbers of terms")
         for term in self.terms:
             if term != "l1" and term not in NETWORKS:
                 raise ValueError(f"loss_type={loss_type!r}: unknown term {term!r}, known: l1, {', '.join(NETWORKS)}")
+
         folders = {"dinov2_reg": dinov2_reg, "siglip2": siglip2}
-        self.networks = nn.ModuleDict({
-            term: perceptual_network(term, folders[term], (networks or {}).get(term), source)
-            for term in self.terms if term != "l1"})
+        networks = networks or {}
+        self.networks = nn.ModuleDict()
+        for term in self.terms:
+            if term != "l1":
+                self.networks[term] = perceptual_network(term, folders[term], networks.get(term), source)
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):  # the networks stay in eval mode whatever their parent does
         return super().train(False)
-
-    def features(self, term, x):
-        """Normalised pixels (…, 3, R, R) -> hidden states (…, P, 4·D) of the network's own patches."""
-        network, (_, mean, std) = self.networks[term], NETWORKS[term]
-        ours, theirs = ([torch.tensor(v, device=x.device).view(3, 1, 1) for v in pair]
-                        for pair in ((IMAGE_MEAN, IMAGE_STD), (mean, std)))
-        pixels = (((x * ours[1] + ours[0] + 1) / 2 - theirs[0]) / theirs[1]).flatten(0, -4)  # neither cut nor resized
-        if term == "siglip2":
-            h, layers, skip = network.embeddings(pixels, interpolate_pos_encoding=True), network.encoder.layers, 0
-        else:  # CLS and registers come first
-            skip = 1 + network.config.num_register_tokens
-            h, layers = network.embeddings(pixels), network.encoder.layer
-        states = [h]
-        for layer in layers:
-            h = layer(h, None)  # no mask
-            h = h[0] if isinstance(h, tuple) else h  # transformers 4 returns tuples
-            states.append(h)
-        return torch.cat(states[-4:], dim=2)[:, skip:].unflatten(0, x.shape[:-3]).float()
 
     @torch.no_grad()
     def target(self, frames):
@@ -395,39 +462,84 @@ class ReconstructionLoss(nn.Module):
             if term == "l1":
                 value = (reconstruction - target[term]).abs().mean(dim=(-3, -2, -1))
             else:
-                value = (self.features(term, reconstruction) - target[term]).square().mean(dim=(-2, -1))
+                features = self.features(term, reconstruction)
+                value = (features - target[term]).square().mean(dim=(-2, -1))
             loss = loss + weight * value
         return loss
+
+    def features(self, term, x):
+        """Normalised pixels (…, 3, R, R) -> hidden states (…, P, 4·D) of the network's own patches."""
+        network = self.networks[term]
+
+        # from our normalisation to the network's; nothing is clamped or resized
+        def per_channel(values):
+            return torch.tensor(values, device=x.device).view(3, 1, 1)
+        _, mean, std = NETWORKS[term]
+        pixels = (x * per_channel(IMAGE_STD) + per_channel(IMAGE_MEAN) + 1) / 2         # 0..1
+        pixels = (pixels - per_channel(mean)) / per_channel(std)
+        pixels = pixels.flatten(0, -4)
+
+        if term == "siglip2":
+            h = network.embeddings(pixels, interpolate_pos_encoding=True)
+            layers = network.encoder.layers
+            n_special = 0
+        else:
+            h = network.embeddings(pixels)
+            layers = network.encoder.layer
+            n_special = 1 + network.config.num_register_tokens      # CLS and registers come first
+
+        states = [h]
+        for layer in layers:
+            h = layer(h, None)                                      # no mask
+            h = h[0] if isinstance(h, tuple) else h                 # transformers 4 returns tuples
+            states.append(h)
+        features = torch.cat(states[-4:], dim=2)[:, n_special:]
+        return features.unflatten(0, x.shape[:-3]).float()
 
 
 def perceptual_network(term, folder, tensors, source):
     """The network of a loss term. Its weights are `tensors` (of the file `source`) or, if there are none, those of the
-    folder or hub id, which gives the sizes in any case (none: the published network)."""
+    folder or hub id (None: the published network's), which gives the sizes in any case."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
-    kind, kind_config, sizes = {  # DINOv2's published sizes are not its defaults
-        "dinov2_reg": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, dict(image_size=518, patch_size=14)),
-        "siglip2": (SiglipVisionModel, SiglipVisionConfig, {})}[term]
-    if not tensors:
-        folder = folder or NETWORKS[term][0]
+    if term == "dinov2_reg":
+        model_class, config_class = Dinov2WithRegistersModel, Dinov2WithRegistersConfig
+        published_sizes = dict(image_size=518, patch_size=14)       # these are not the class's defaults
+    else:
+        model_class, config_class = SiglipVisionModel, SiglipVisionConfig
+        published_sizes = {}
+
+    if not tensors and not folder:
+        folder = NETWORKS[term][0]
     if folder and not Path(folder).is_dir():
         announce(folder)
+
+    missing = []
     try:
         if tensors:
+            config = config_class.from_pretrained(folder) if folder else config_class(**published_sizes)
             with torch.device("meta"):
-                network, info = kind(kind_config.from_pretrained(folder) if folder else kind_config(**sizes)), {}
+                network = model_class(config)
         else:
-            network, info = kind.from_pretrained(folder, output_loading_info=True)
+            network, info = model_class.from_pretrained(folder, output_loading_info=True)
+            missing = sorted(info["missing_keys"])
     except OSError as e:
         raise FileNotFoundError(f"{term}={folder}: neither a folder with this network nor reachable on the hub "
                                 f"({type(e).__name__}); the VideoMAE's file may hold its weights") from e
-    if info.get("missing_keys"):
-        raise ValueError(f"{term}={folder} lacks {', '.join(sorted(info['missing_keys'])[:8])}")
-    network = getattr(network, "vision_model", network)  # SigLIP in transformers 4 wraps it once more
+    if missing:
+        raise ValueError(f"{term}={folder} lacks {', '.join(missing[:8])}")
+    if not tensors:
+        check_finite(network.state_dict(), f"{term}={folder}")
+
+    network = getattr(network, "vision_model", network)             # SigLIP in transformers 4 wraps it once more
     if tensors:
         assign(network, tensors, f"{term} in {source} and its config", old_name)
-    if tensors and term == "siglip2":  # not in files
-        network.embeddings.position_ids = torch.arange(network.embeddings.num_positions).unsqueeze(0)
+        if term == "siglip2":                                       # not in files
+            network.embeddings.position_ids = torch.arange(network.embeddings.num_positions).unsqueeze(0)
     return quicken(network.float())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# for scripts
 
 
 def load_videomae(cfg, device):
