@@ -1,5 +1,6 @@
 """ARGaze's evaluation: metrics against the published figures, sums, baselines, and the script as a user runs it."""
 # ruff: noqa: I001 (until argaze/eval.py is on main)
+import csv
 import json
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from argaze import eval as gaze_eval
+from argaze import make_data
 from argaze.data import FIXATION
 from argaze.eval import Metrics, f1_score
+from argaze.model import ARGaze, ARGazeConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 NUMBERS = json.loads((GOLDEN / "argaze_tiny" / "numbers.json").read_text())["metrics"]
@@ -74,3 +77,54 @@ def test_a_perfect_prediction_is_near_the_best_scores(tensors):
     metrics.add(2 * (truth + 1e-8).log(), points, torch.ones(1, 6, dtype=torch.bool))
     found = metrics.read()
     assert found["f1"] > 0.85 and found["l2"] < 0.03 and found["auc"] > 0.99 and found["angle"] < 2
+
+
+# ---- the script
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What python -m argaze.eval leaves for an untrained model and all baselines, and its folder."""
+    root = tmp_path_factory.mktemp("argaze_eval")
+    make_data.make(make_data.Config(out=str(root / "toy"), n_train=12, n_val=6, n_workers=0))
+    torch.manual_seed(0)
+    sizes = dict(image_size=32, patch_size=8, decoder_layers=1, decoder_heads=2, decoder_ffn=32, head_widths="8+8")
+    ARGaze(ARGazeConfig(encoder="random:width=16,layers=3,heads=2,mlp=32", heatmap_size=16, **sizes)).save_pretrained(
+        root / "ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["argaze.eval", f"--root={root / 'toy'}", f"--ckpt={root / 'ckpt'}", "--stride=1",
+                                   "--splits=test,train", f"--out_dir={root / 'out'}", "--n_workers=0", "--worst=2"])
+        gaze_eval.main()
+    return json.loads((root / "out" / "eval.json").read_text()), root / "out"
+
+
+def test_every_method_is_measured_on_every_split(report):
+    results = report[0]["splits"]
+    assert results.keys() == {"test", "train"}
+    for split in results.values():
+        assert split.keys() == {"center", "random", "last", "mean", "model"}
+        assert all(0 <= values["f1"] <= 1 for values in split.values())
+
+
+def test_the_last_true_point_beats_the_centre_on_the_toy(report):
+    results = report[0]["splits"]["train"]
+    assert results["last"]["l2"] < results["center"]["l2"] and results["last"]["f1"] > results["center"]["f1"]
+
+
+def test_the_rows_of_single_frames_average_to_the_table(report):
+    values = report[0]["splits"]["test"]["model"]
+    rows = list(csv.DictReader((report[1] / "frames_test.csv").open()))
+    counted = [row for row in rows if row["valid"] == "1"]
+    assert len(rows) == 48 and len(counted) == values["n_frames"]
+    for column, name in (("l2", "l2"), ("recall", "recall"), ("precision", "precision")):
+        mean = sum(float(row[column]) for row in counted) / len(counted)
+        assert mean == pytest.approx(values[name], abs=2e-6), name
+
+
+def test_the_worst_clips_are_drawn_and_named(report):
+    (key, distance), (_, next_distance) = report[0]["worst"]["test"]
+    assert distance >= next_distance and key.startswith("test/")
+    assert (report[1] / "worst_test.png").stat().st_size > 1000
+
+
+def test_both_ways_of_streaming_are_timed(report):
+    assert report[0]["speed"].keys() == {"ms_per_frame", "ms_per_frame_anew", "saved"}
