@@ -29,9 +29,12 @@ from tqdm import tqdm
 
 from argaze.formats import EGO4D_FPS
 from lib import configurator
-from make_data import write_video
+from lib.video_out import VideoWriter
 
-SKIN = (224, 172, 138)
+VERSION = 2  # of the drawings; clips of another one are not mixed with these
+OBJECT = np.array([205.0, 45.0, 40.0])
+SKIN = np.array([245.0, 205.0, 165.0])
+SLEEVE = np.array([35.0, 50.0, 120.0])
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Config:
     n_frames: int = 8             # frames per clip
     size: int = 64                # side of a frame in pixels, even
     n_objects: int = 4            # equal objects; a guess without memory is right once in so many
-    speed: float = 2.0            # most pixels that the camera moves per frame and axis
+    speed: float = 1.5            # most pixels that the camera moves per frame and axis
     second_touch: float = 0.4     # share of clips in which the hand comes back to another object
     untracked: float = 0.03       # share of frames in which the eye tracker fails
     seed: int = 0                 # same seed, same clips
@@ -108,7 +111,7 @@ def table_top(rng, side):
     """(N, N, 3) float: a table of smooth, low contrast blotches that tell nothing of the objects."""
     noise = torch.from_numpy(rng.standard_normal((1, 3, 6, 6)).astype(np.float32))
     blotches = F.interpolate(noise, size=(side, side), mode="bicubic", align_corners=False)[0]
-    return rng.uniform(60, 120, 3) + 10 * blotches.permute(1, 2, 0).numpy()
+    return rng.uniform(70, 110) + rng.normal(0, 8, 3) + 8 * blotches.permute(1, 2, 0).numpy()
 
 
 def disc(image, center, radius, color):
@@ -116,18 +119,18 @@ def disc(image, center, radius, color):
     left, top = np.floor(center - radius).astype(int).clip(0)
     right, bottom = np.ceil(center + radius + 1).astype(int).clip(0)
     part = image[top:bottom, left:right]
+
     y, x = np.mgrid[top:top + part.shape[0], left:left + part.shape[1]]
+    distance = np.hypot(x + 0.5 - center[0], y + 0.5 - center[1])
+    cover = np.clip(radius + 0.5 - distance, 0, 1)[..., None]
+    part += cover * (color - part)
 
-    away = np.hypot(x + 0.5 - center[0], y + 0.5 - center[1])
-    cover = np.clip(radius + 0.5 - away, 0, 1)[..., None]
-    part += cover * (np.array(color) - part)
 
-
-def draw_hand(image, tip, wrist, width):
-    """An arm from below the picture to a hand whose finger tip lies at `tip`."""
+def hand(image, place, shoulder, radius):
+    """A sleeve from below the picture to a hand around the object at `place`."""
     for share in np.linspace(0, 1, 24):
-        thickness = width * (0.35 + 0.65 * min(1, share * 3))
-        disc(image, tip + share * (wrist - tip), thickness, SKIN)
+        disc(image, place + share * (shoulder - place), 0.8 * radius, SLEEVE)
+    disc(image, place, 2 * radius, SKIN)
 
 
 def render(rng, cfg):
@@ -137,20 +140,19 @@ def render(rng, cfg):
     places = place_objects(rng, cfg, path, radius)
     target, touched = touches(rng, cfg)
     table = table_top(rng, cfg.size + int(np.ceil(path.max())) + 1)
-    color = rng.uniform(20, 235, 3)
-    color[rng.integers(3)] = 250
+    color = OBJECT + rng.normal(0, 12, 3)
+    shoulder = np.array([cfg.size * rng.uniform(0.2, 0.8), cfg.size * 1.2])
 
     frames = []
-    wrist = np.array([cfg.size * rng.uniform(0.2, 0.8), cfg.size * 1.2])
-    for corner, k, hand in zip(path, target, touched, strict=True):
+    for t, corner in enumerate(path):
         x, y = np.rint(corner).astype(int)
         image = table[y:y + cfg.size, x:x + cfg.size].copy()
+        if touched[t]:
+            hand(image, places[target[t]] - corner, shoulder, radius)
+
+        # the hand lies behind the objects: they are all in sight and equal, whatever it does
         for place in places:
             disc(image, place - corner, radius, color)
-
-        # the finger tip lies on the object's lower half, so that the object itself stays visible
-        if hand:
-            draw_hand(image, places[k] - corner + [0, 0.6 * radius], wrist, radius)
         image += rng.normal(0, 2, image.shape)
         frames.append(image.clip(0, 255).astype(np.uint8))
 
@@ -172,7 +174,9 @@ def make_clip(job):
     rng = np.random.default_rng([cfg.seed, split == "train", number])
     video, points, kind = render(rng, cfg)
     if not path.exists():
-        write_video(path, video, fps=EGO4D_FPS)
+        with VideoWriter(path, EGO4D_FPS, crf=12, threads=1) as film:
+            for picture in video:
+                film.write(picture)
 
     first = number * EGO4D_FPS
     return [(first + i, round(x, 6), round(y, 6), k)
@@ -181,7 +185,9 @@ def make_clip(job):
 
 def claim_folder(cfg):
     """Note the settings in <out>/make_data.json. Another run's files are kept, so refuse to mix two sets."""
-    note = {key: value for key, value in asdict(cfg).items() if key not in ("out", "n_train", "n_val", "n_workers")}
+    note = {"version": VERSION} | asdict(cfg)
+    for key in ("out", "n_train", "n_val", "n_workers"):
+        del note[key]
     path = Path(cfg.out, "make_data.json")
     if path.exists() and json.loads(path.read_text()) != note:
         raise ValueError(f"{cfg.out} holds clips made with other settings ({path}): delete it or choose another --out")
