@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib.image
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from argaze.data import LABEL_MAPS, GazeClips, collate, heatmaps
 from argaze.eval import Metrics
 from argaze.model import DINOV3_S, ARGaze, ARGazeConfig, blocks, resize, soft_argmax
-from lib import configurator, run
+from lib import configurator, run, video_out
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, Means, check_finite, count_parameters
@@ -220,20 +218,18 @@ def validate(model, loader, metrics, autocast, device):
     return metrics.read(), first
 
 
-def picture(path, video, logits, points):
-    """Write one row of a clip's frames with the predicted map in red and the true gaze as a green square."""
-    T, _, R, _ = video.shape
-    probability = ARGaze.predict(logits)[0]
-    heat = resize(probability / probability.amax((-2, -1), keepdim=True), (R, R)).unsqueeze(1)
-    red = torch.tensor([255.0, 0.0, 0.0]).view(3, 1, 1)
-    image = video + (red - video) * 0.6 * heat                           # (T, 3, R, R)
-
-    half = max(1, R // 40)
-    for t, (x, y) in enumerate((points * R).long().clamp(0, R - 1).tolist()):
-        place = image[t, :, max(0, y - half):y + half + 1, max(0, x - half):x + half + 1]
-        place[:] = torch.tensor([0.0, 255.0, 0.0]).view(3, 1, 1)
-    row = image.permute(2, 0, 3, 1).reshape(R, T * R, 3)
-    matplotlib.image.imsave(path, np.asarray(row.clamp(0, 255).byte()))
+def save_picture(path, title, video, logits, points):
+    """Write a clip's frames with the predicted heat map, its point as a cross and the true gaze as a box."""
+    probability, predicted, _ = ARGaze.predict(logits)
+    frames, side = video.permute(0, 2, 3, 1).numpy(), video.shape[-1]
+    plain, drawn = [], []
+    for t, frame in enumerate(frames):
+        x, y = (points[t] * side).tolist()
+        box = [(x - side / 20, y - side / 20, x + side / 20, y + side / 20)]
+        plain.append(video_out.draw_boxes(frame, box, "lime", max(1, side // 100)))
+        heat = video_out.draw_heat(frame, probability[t].numpy())
+        drawn.append(video_out.draw_cross(heat, (predicted[t] * side).tolist(), "white", side // 16, 1))
+    video_out.contact_sheet(path, {"true gaze": plain, "prediction": drawn}, title=title)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,11 +294,12 @@ def main():
     for step in range(start, total + 1):
         stop = run.stopping()
         if (step % cfg.val_every == 0 or step == total) and not stop:
-            metrics, first = validate(model, val_loader, Metrics(train.dataset), autocast, device)
+            metrics, first = validate(model, val_loader, Metrics(train.dataset, **maps), autocast, device)
             log.write(step, total, step - start, **{f"val_{name}": value for name, value in metrics.items()})
             best = keep_best(model, out, metrics["l2"] if cfg.best == "l2" else -metrics["f1"], best, rank)
             if rank == 0:
-                picture(out / "val.png", *first)
+                title = f"step {step}: F1 {metrics['f1']:.3f}, L2 {metrics['l2']:.3f}"
+                save_picture(out / "val.png", title, *first)
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             model.save_pretrained(out)
             save_state(out / "last.pt", state_of(step, model, optimizer, scaler, best, cfg, world))

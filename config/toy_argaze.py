@@ -1,0 +1,32 @@
+# ARGaze on the toy: a clip's gaze can be known only by remembering which object the hand touched. Two CPU cores.
+root = "data/argaze_toy"    # python -m argaze.make_data generates it
+out_dir = "out/toy_argaze"
+stride = 1
+cache = True
+n_workers = 0
+label_size = 16
+label_sigma = 1.0
+encoder = "random:width=48,layers=2,heads=4,mlp=96"
+train_encoder = True
+image_size = 32
+patch_size = 8
+decoder_layers = 2
+decoder_heads = 4
+decoder_ffn = 96
+head_widths = "32+16"
+heatmap_size = 16
+scene_layers = "-2,-1"
+template = "none"           # the heat maps are the only memory
+dropout = 0.0
+own_start = 1.0             # free-running, as the released code trains
+own_end = 1.0
+batch_size = 16
+steps = 500
+lr = 2e-3
+lr_start = 0.0
+lr_end = 1e-5
+warmup = 1.0
+weight_decay = 0.01
+val_every = 250
+save_every = 100000
+log_every = 20
