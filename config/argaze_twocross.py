@@ -1,0 +1,20 @@
+# The authors' later model, "twocross". Put it behind a data set: config/argaze_egtea.py config/argaze_twocross.py
+variant = "twocross"
+history = 5
+heatmap_size = 96
+train_encoder = True    # its blocks, at a tenth of the rate
+encoder_lr = 0.1
+coord_weight = 2.0
+own_start = 1.0         # free-running, as it was trained
+own_end = 1.0
+epochs = 30             # EgoExo4D: 15
+batch_size = 4          # EGTEA Gaze+; Ego4D 8, EgoExo4D 16
+lr = 1e-4
+lr_start = 1e-6
+lr_end = 0.0
+warmup = 2.0            # epochs
+weight_decay = 1e-4
+decay_all = True
+clip_grad = 0.0
+label_sigma = 3.2       # EGTEA Gaze+ and Ego4D; EgoExo4D: 1.0
+seed = 1
