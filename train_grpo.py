@@ -8,7 +8,11 @@
 Per step: G rollouts of each clip; reward of a reconstructed frame = minus its loss; advantage = reward minus the
 group's mean. Strictly on-policy, so there is no ratio clipping, no reference model and no KL term, and the advantage is
 divided neither by the group's spread nor by length (paper, section 3.4). Writes out_dir/{config.json,
-model.safetensors}.
+model.safetensors}, and the same in out_dir/best for the model with the highest validation reward.
+
+Your own reward: replace reward(), and in main() what it needs. Both places are marked FORK.
+
+Dimension key: B clips, G rollouts of each, T frames, F rewarded frames, N gaze slots, V patch ids per frame, R side.
 """
 import math
 import sys
@@ -21,14 +25,15 @@ import torch
 
 import model
 from data import Clips, collate, to_model_pixels
-from gazing import draw_ratio, last_slots, one_clip, parse_alpha, sheet, split_frames, split_ratio
+from gazing import draw_ratio, last_slots, one_clip, parse_alpha, rows, sheet, split_frames, split_ratio, to_device
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
-from lib.log import Log, check_finite, count_parameters
+from lib.log import Log, Means, check_finite, count_parameters
 from lib.optim import exponential, learning_rate, make_optimizer
+from lib.weights import assign
 from model import Gaze, GazeConfig
-from videomae import check_fit, load_videomae
+from videomae import VideoMAE, check_fit, load_videomae
 
 
 @dataclass
@@ -110,29 +115,64 @@ class Config:
         if self.group_size < 2:
             raise ValueError("group_size must be at least 2: a rollout is compared with its group, "
                              "alone it teaches nothing")
-        if int(self.recon_sample_rate * self.n_frames) < 1 or self.recon_sample_rate > 1:
+        if self.recon_sample_rate > 1 or int(self.recon_sample_rate * self.n_frames) < 1:
             raise ValueError(f"recon_sample_rate={self.recon_sample_rate} of {self.n_frames} frames leaves none for "
                              f"the reward: use 1/{self.n_frames} to 1")
         if min(self.temperature, self.temperature_end) <= 0:
             raise ValueError("temperature must be above 0: a group of equal rollouts teaches nothing")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma} must lie between 0 and 1")
         configurator.check_at_least(
-            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
-            log_every=1, val_clips=1, seed=0, lr_end=0, task_loss_weight=0, reward_batch=0)
+            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, reward_batch=0, steps=1, lr_end=0,
+            task_loss_weight=0, val_clips=1, val_every=1, save_every=1, log_every=1)
+        configurator.check_at_most(
+            self, n_frames=100_000, batch_size=1_000_000, group_size=10_000, hidden_size=100_000, num_layers=1000,
+            intermediate_size=1_000_000, num_conv_blocks=1000)
         configurator.check_above_zero(self, "lr", "epochs", "ratio_rate")
         configurator.check_share(self, "val_ratio", "ratio", "ratio_min", "ratio_max")
         configurator.check_fraction(self, "warmup")
         configurator.check_order(self, ("ratio_min", "ratio_max"), ("requirement_min", "requirement_max"))
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma={self.gamma} must lie between 0 and 1")
         configurator.check_wandb(self)
         parse_alpha(self.alpha, self.n_frames)
         if self.init_from == "scratch":
             self.model()
 
     def model(self):
-        keys = GazeConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
-        keys -= {"gazing_ratio", "task_loss_requirement"}  # of rollouts here, of validation in the model's config
-        return GazeConfig(**{k: getattr(self, k) for k in keys}, max_num_frames=self.n_frames)
+        sizes = configurator.shared(self, GazeConfig)
+        # These keys mean the rollouts here, and validation in the model's config.
+        del sizes["gazing_ratio"], sizes["task_loss_requirement"]
+        return GazeConfig(**sizes, max_num_frames=self.n_frames)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reward
+
+
+@torch.no_grad()
+def reward(mae, video, gazing, frames, max_rows=0):
+    """FORK: what the model is trained for. Training, validation and the choice of best/ all call this function.
+
+    video (B, T, 3, R, R) normalised pixels; gazing: G gazes of every clip, copy-major (row g·B + b); frames: the F
+    frames that are rewarded. Returns (G·B, F), higher is better: here minus the reconstruction loss of each frame.
+    mae: whatever main() loads for it. max_rows: most rollouts in the reconstructor at once (0: all).
+    """
+    B = len(video)
+    n_rows = len(gazing["gazing_pos"])
+    chunk = max(1, (max_rows or n_rows) // B) * B  # whole copies of the batch
+
+    # The loss's view of the true frames is computed once per clip, not once per rollout.
+    target = mae.loss.target(video[:, frames])
+    losses = []
+    for first in range(0, n_rows, chunk):
+        part = rows(gazing, slice(first, first + chunk))
+        reconstruction = mae.reconstruct(video, part, frames)            # (rows, F, 3, R, R)
+        loss = mae.loss(reconstruction.unflatten(0, (-1, B)), target)    # (G, B, F)
+        losses.append(loss.flatten(0, 1))
+    return -torch.cat(losses).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# policy gradient
 
 
 def discounted_advantages(advantage, frames, gazing, gamma):
@@ -142,79 +182,87 @@ def discounted_advantages(advantage, frames, gazing, gamma):
     between), and to nothing later; several rewarded frames add up.
     """
     real = ~gazing["if_padded_gazing"]
-    count = real.cumsum(1)  # real slots up to and including this one
+    count = real.cumsum(dim=1)  # real slots up to and including this one
     ends = gazing["num_gazing_each_frame"].cumsum(0).tolist()
+
     out = torch.zeros(real.shape, device=advantage.device)
-    for a, f in zip(advantage.unbind(1), frames, strict=True):
-        later = count[:, ends[f] - 1:ends[f]] - count[:, :ends[f]]
-        out[:, :ends[f]] += a.unsqueeze(1) * gamma ** later * real[:, :ends[f]]
+    for f, of_frame in zip(frames, advantage.unbind(dim=1), strict=True):
+        end = ends[f]
+        n_after = count[:, end - 1:end] - count[:, :end]
+        out[:, :end] += of_frame.unsqueeze(1) * gamma ** n_after * real[:, :end]
     return out
 
 
 def grpo_loss(log_prob, advantage):
     """Per-clip sums over slots, then the mean over clips. exp(log π - detach) is 1: only its gradient matters."""
-    return -(torch.exp(log_prob - log_prob.detach()) * advantage).sum(1).mean()
+    ratio = torch.exp(log_prob - log_prob.detach())
+    return -(ratio * advantage).sum(dim=1).mean()
 
 
 def roll_out(gaze, video, cfg, step, temperature):
     """G sampled gazes of every clip, copy-major. Draws of ratio and requirement are the same on all ranks."""
-    T, V = cfg.n_frames, gaze.config.num_ids
-    shared = run.shared_generator(cfg.seed, step)
-    ratio = draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, shared)
-    need = None
+    generator = run.shared_generator(cfg.seed, step)
+    ratio = draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
+    requirement = None
     if cfg.split == "self" or cfg.stop_early:
-        need = draw_ratio(
-            cfg.requirement, cfg.task_loss_requirement, cfg.requirement_min, cfg.requirement_max, 0, shared)
+        requirement = draw_ratio(
+            cfg.requirement, cfg.task_loss_requirement, cfg.requirement_min, cfg.requirement_max, 0, generator)
+
+    # budgets of the frames: what one rollout needs to meet the requirement, or a split of the ratio
     if cfg.split == "self":
-        own = gaze.generate(video, gazing_ratio=ratio, task_loss_requirement=need, temperature=temperature)
-        ratios = torch.stack([(~p).sum(1) for _, p in split_frames(own)], dim=1) / V  # (B, T)
+        own = gaze.generate(video, gazing_ratio=ratio, task_loss_requirement=requirement, temperature=temperature)
+        counts = [(~padded).sum(dim=1) for _, padded in split_frames(own)]
+        ratios = torch.stack(counts, dim=1) / gaze.config.num_ids        # (B, T)
         ratios = ratios.repeat(cfg.group_size, 1)
     else:
-        ratios = split_ratio(cfg.split, ratio, T, cfg.alpha, shared)
-    return gaze.generate(video, ratios, need if cfg.stop_early else None, temperature, num_copies=cfg.group_size)
+        ratios = split_ratio(cfg.split, ratio, cfg.n_frames, cfg.alpha, generator)
+
+    if not cfg.stop_early:
+        requirement = None
+    return gaze.generate(video, ratios, requirement, temperature, num_copies=cfg.group_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# validation
 
 
 @torch.no_grad()
-def measure(mae, video, gazing, frames, most):
-    """Loss (G·B, F) of every rollout's rewarded frames, at most `most` rollouts at once (0: all), whole copies of the
-    batch; what the loss needs of the true frames is computed once per clip."""
-    B, rows, target = len(video), len(gazing["gazing_pos"]), mae.loss.target(video[:, frames])
-    n, losses = max(1, (most or rows) // B) * B, []
-    for i in range(0, rows, n):
-        part = {k: v if k == "num_gazing_each_frame" else v[i:i + n] for k, v in gazing.items() if k != "gazing_mask"}
-        made = mae.reconstruct(video, part, frames)
-        losses.append(mae.loss(made.unflatten(0, (-1, B)), target).flatten(0, 1))
-    return torch.cat(losses).float()
+def validate(gaze, mae, loader, ratios, cfg, device):
+    """Greedy gazes of the validation clips and their reward, over all ranks.
 
-
-@torch.no_grad()
-def validate(gaze, mae, loader, ratios, requirement, device):
-    """Greedy gazes of validation clips and what the reconstructor makes of them, over all ranks.
-
-    ratios (T,) share of the patches that each frame may take. Returns ({val_loss: mean over clips and frames,
-    val_ratio, val_predicted: the model's own estimate of the loss}, tensors for one picture); without a reconstructor
-    no losses.
+    ratios (T,): share of the patches that each frame may take. Returns ({val_reward: mean over clips and frames,
+    val_predicted: the loss that the model expects, val_ratio}, the first clip's tensors for a picture).
     """
-    sums, picture = [0.0] * 4, None
+    reward_sum = predicted_sum = ratio_sum = 0.0
+    n_clips = 0
+    example = None
     for batch in loader:
         video = to_model_pixels(batch["video"].to(device))
-        gazing = gaze.generate(video, gazing_ratio=ratios, task_loss_requirement=requirement)
+        frames = range(video.shape[1])
+        gazing = gaze.generate(video, gazing_ratio=ratios, task_loss_requirement=cfg.val_requirement)
+        rewards = reward(mae, video, gazing, frames)                     # (B, T)
+        predicted = gaze(video, gazing)[1].gather(1, last_slots(gazing))
+
         real = ~gazing["if_padded_gazing"]
-        recon = None
-        if mae is not None:
-            recon, loss = mae(video, gazing, range(video.shape[1]))
-            predicted = gaze(video, gazing)[1].gather(1, last_slots(gazing))
-            sums[0] += loss.mean(1).sum().item()
-            sums[1] += predicted.mean(1).sum().item()
-        sums[2] += real.sum().item() / (video.shape[1] * gaze.config.num_ids)
-        sums[3] += len(video)
-        if picture is None:
-            picture = video[0], one_clip(gazing, 0), recon
-    loss, predicted, ratio, count = run.all_sum(*sums)
-    metrics = {"val_ratio": ratio / count}
-    if mae is not None:
-        metrics = {"val_loss": loss / count, "val_predicted": predicted / count} | metrics
-    return metrics, picture
+        reward_sum += rewards.mean(dim=1).sum().item()
+        predicted_sum += predicted.mean(dim=1).sum().item()
+        ratio_sum += real.sum().item() / (len(frames) * gaze.config.num_ids)
+        n_clips += len(video)
+
+        if example is None:
+            first = one_clip(gazing, 0)
+            painted = None
+            if isinstance(mae, VideoMAE):
+                painted = mae.reconstruct(video[:1], to_device(first, device), frames)[0]
+            example = video[0], first, painted
+
+    reward_sum, predicted_sum, ratio_sum, n_clips = run.all_sum(reward_sum, predicted_sum, ratio_sum, n_clips)
+    metrics = {"val_reward": reward_sum / n_clips, "val_predicted": predicted_sum / n_clips,
+               "val_ratio": ratio_sum / n_clips}
+    return metrics, example
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -222,113 +270,137 @@ def main():
     rank, world, device = run.start(cfg)
     out = Path(cfg.out_dir)
 
-    # ---- models
+    # ---- model
+    torch.manual_seed(cfg.seed)  # the same weights on all ranks
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
         resumed = load_state(out, cfg, world, {"n_frames"})
         start, best = resumed["step"], resumed["best"]
-        gaze = Gaze.from_pretrained(out)
-        gaze.load_state_dict(resumed["model"])
+        gaze = Gaze.from_pretrained(out)  # for its config.json: sizes come from what the run started from
+        assign(gaze, resumed["model"], f"{out}/last.pt and config.json")
     elif cfg.init_from == "scratch":
-        torch.manual_seed(cfg.seed)  # the same weights on all ranks
         gaze = Gaze(cfg.model())
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.reference_decoding = False  # the policy that samples must be the one that is trained
-    # what the result gazes at unless told otherwise is what it was validated at, also when it started from a folder
-    gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
+    # Save the validation ratio and requirement as the checkpoint's defaults for generate().
+    gaze.config.gazing_ratio = cfg.val_ratio
+    gaze.config.task_loss_requirement = cfg.val_requirement
     gaze.to(device)
+
+    # ---- reconstructor. FORK: load what reward() needs, or mae = None
     mae = load_videomae(cfg, device)
     check_fit(mae, gaze, cfg.init_from)
 
-    # ---- data
+    # ---- data. FORK: any dataset whose items are like those of data.Clips
     R = gaze.config.image_size
-    args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
-    train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, seed=cfg.seed, **args)
-    val = Clips(cfg.root, "val", **args)
+    clips = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
+    train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, seed=cfg.seed, **clips)
+    val = Clips(cfg.root, "val", **clips)
     run.check_same(training_clips=len(train), validation_clips=len(val))
+
     total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     sampler = StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
     loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
     val_loader = make_loader(val, shard(n_val, rank, world, 16), 0, collate)
-    val_ratios = split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha,
-                                    run.shared_generator(cfg.seed, 0))
+    val_ratios = split_ratio(
+        cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha, run.shared_generator(cfg.seed, 0))
 
     # ---- optimizer
     optimizer = make_optimizer(cfg.optimizer, gaze, cfg.lr)
     ddp, sync, autocast, scaler, precision = run.prepare(gaze, optimizer, cfg, world, device, resumed)
-    n_recon = int(cfg.recon_sample_rate * cfg.n_frames)
+    n_rewarded = int(cfg.recon_sample_rate * cfg.n_frames)
     log = Log(cfg, rank, world, device, [
-        f"Gaze {model.describe(gaze.config)}; {count_parameters(gaze) / 1e6:.2f} M parameters; "
-        f"reconstructor {count_parameters(mae) / 1e6:.2f} M, frozen",
-        f"{sampler.arithmetic}, {cfg.group_size} rollouts each, {n_recon} rewarded frames; "
+        f"Gaze {model.describe(gaze.config)}; {count_parameters(gaze) / 1e6:.2f} M parameters",
+        f"reconstructor: {count_parameters(mae) / 1e6:.2f} M parameters, frozen" if mae else "no reconstructor",
+        f"{sampler.arithmetic}, {cfg.group_size} rollouts each, {n_rewarded} rewarded frames; "
         f"{total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
-        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
-        + (f"; resumed at step {start}" if resumed else ""), precision], start)
+        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8",
+        precision], start)
 
     # ---- loop
-    unreadable, t0 = set(), time.time()
+    unreadable = set()
+    t0 = time.time()
     for step in range(start, total + 1):
         stop = run.stopping()
+
+        # validate, and keep the model with the highest reward in best/
         if (step % cfg.val_every == 0 or step == total) and not stop:
-            metrics, picture = validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
+            metrics, example = validate(gaze, mae, val_loader, val_ratios, cfg, device)
             log.write(step, total, step - start, **metrics)
+            best = keep_best(gaze, out, -metrics["val_reward"], best, rank)
             if rank == 0:
-                sheet(out / "val.png", *picture[:2], gaze.config, reconstruction=picture[2][0],
-                      title=f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-            best = keep_best(gaze, out, metrics["val_loss"], best, rank)
+                video, gazing, reconstruction = example
+                title = f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+                sheet(out / "val.png", video, gazing, gaze.config, reconstruction=reconstruction, title=title)
+
+        # save; after the last step there is nothing else to do
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)
             save_state(out / "last.pt", state_of(step, gaze, optimizer, scaler, best, cfg, world))
         if step == total or stop:
             break
+
+        # this step's temperature, rewarded frames and learning rate
         run.seed_step(cfg.seed, step, rank, world)
+        temperature = exponential(step, total, cfg.temperature, cfg.temperature_end)
+        frames = torch.randperm(cfg.n_frames, generator=run.shared_generator(cfg.seed, step))
+        frames = frames[:n_rewarded].sort().values.tolist()
         lr = learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        temperature = exponential(step, total, cfg.temperature, cfg.temperature_end)
-        frames = torch.randperm(cfg.n_frames, generator=run.shared_generator(cfg.seed, step))
-        frames = frames[:n_recon].sort().values.tolist()
-        stats, per_scale, seconds, keys = torch.zeros(8), torch.zeros(len(gaze.config.ids_per_scale)), [0.0] * 3, []
-        for i in range(sampler.n_micro):
+
+        means = Means()
+        keys = []
+        for micro in range(sampler.n_micro):
             batch = next(loader)
             keys += batch["key"]
             unreadable.update(batch["unreadable"])
-            video = to_model_pixels(batch["video"].to(device, non_blocking=True))
-            B, share = len(video), len(video) / sampler.local
-            clock = [run.now(device)]
+            video = to_model_pixels(batch["video"].to(device, non_blocking=True))  # (B, T, 3, R, R)
+            share = len(video) / sampler.local                               # of this process's clips
+
+            # 1. roll out: G gazes of every clip, copy-major
+            t1 = run.now(device)
             with autocast:
                 gazing = roll_out(gaze, video, cfg, step, temperature)
-            clock.append(run.now(device))
+
+            # 2. reward of a few random frames
+            t2 = run.now(device)
             with autocast:
-                loss = measure(mae, video, gazing, frames, cfg.reward_batch)
-            clock.append(run.now(device))
-            reward = -loss.view(cfg.group_size, B, n_recon)
-            advantage = discounted_advantages((reward - reward.mean(0)).flatten(0, 1), frames, gazing, cfg.gamma)
-            with sync(last=i == sampler.n_micro - 1):
+                rewards = reward(mae, video, gazing, frames, cfg.reward_batch)   # (G·B, F)
+
+            # 3. advantage: above the group's mean, discounted back to the patches that led to it
+            t3 = run.now(device)
+            grouped = rewards.unflatten(0, (cfg.group_size, -1))             # (G, B, F)
+            advantage = (grouped - grouped.mean(dim=0)).flatten(0, 1)
+            advantage = discounted_advantages(advantage, frames, gazing, cfg.gamma)  # (G·B, N)
+
+            # 4. update: policy gradient, and the head that predicts the loss at each rewarded frame's last gaze
+            with sync(last=micro == sampler.n_micro - 1):
                 with autocast:
                     log_prob, task_loss = ddp(video, gazing, cfg.policy, temperature)
                 predicted = task_loss.gather(1, last_slots(gazing)[:, frames])
-                error = ((predicted - loss) ** 2).mean()  # every rewarded frame has a last real slot
-                scaler.scale((grpo_loss(log_prob, advantage) + cfg.task_loss_weight * error) * share).backward()
-            clock.append(run.now(device))
-            seconds = [s + b - a for s, a, b in zip(seconds, clock, clock[1:], strict=False)]
-            real, spread = ~gazing["if_padded_gazing"], reward.std(0)
-            stats += share * torch.tensor([
-                reward.mean(), spread.mean(), (spread < 1e-6).float().mean(), -log_prob.detach().sum() / real.sum(),
-                real.sum() / (len(real) * cfg.n_frames), predicted.detach().mean(), loss.mean(), error.detach()])
-            per_scale += share * torch.stack([m.sum().cpu() for m in gazing["gazing_mask"]]) / real.sum().cpu()
-        check_finite(stats.sum().item(), step, keys)
+                error = (predicted + rewards).square().mean()                # the loss is minus the reward
+                loss = grpo_loss(log_prob, advantage) + cfg.task_loss_weight * error
+                scaler.scale(loss * share).backward()
+
+            # 5. what the log tells. Entropy is the mean -log π of the sampled patches, exact with policy=sampling only.
+            real = ~gazing["if_padded_gazing"]
+            n_real = real.sum()
+            spread = grouped.std(dim=0)
+            means.add(
+                share, reward=rewards.mean(), reward_spread=spread.mean(), no_spread=(spread < 1e-6).float().mean(),
+                entropy=-log_prob.sum() / n_real, gazes_per_frame=n_real / (len(real) * cfg.n_frames),
+                predicted=predicted.mean(), measured=-rewards.mean(), task_error=error,
+                per_scale=torch.stack([mask.sum() for mask in gazing["gazing_mask"]]) / n_real)
+            means.add(1, rollout_s=t2 - t1, reward_s=t3 - t2, update_s=run.now(device) - t3)
+
+        check_finite(means.total(), step, keys)
         run.update(optimizer, scaler)
+
         if (step + 1) % cfg.log_every == 0:
-            means = run.all_sum(*(x / world for x in [*stats.tolist(), *per_scale.tolist()]))
-            # entropy: mean -log π of the sampled patches, exact only if they are drawn from π (policy=sampling)
-            names = ("reward", "reward_spread", "no_spread", "entropy", "gazes_per_frame", "predicted",
-                     "measured", "task_error")
-            log.write(step + 1, total, step + 1 - start, **dict(zip(names, means, strict=False)),
-                      per_scale=[round(x, 3) for x in means[len(names):]], temperature=temperature, lr=lr,
-                      rollout_s=seconds[0], reward_s=seconds[1], update_s=seconds[2],
+            log.write(step + 1, total, step + 1 - start, **means.read(), temperature=temperature, lr=lr,
                       ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
                       data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
             t0 = time.time()
@@ -336,4 +408,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main)

@@ -6,7 +6,10 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ntp.py … # both nodes
 
 The loss is the cross-entropy of the labelled patches plus the squared error of the predicted reconstruction loss after
-each of them (paper, section 3.4). Writes out_dir/{config.json, model.safetensors} for Gaze.from_pretrained.
+each of them (paper, section 3.4). Writes out_dir/{config.json, model.safetensors} for Gaze.from_pretrained, and the
+same in out_dir/best for the model with the lowest validation loss.
+
+Dimension key: B clips, T frames, N gaze slots, V patch ids per frame, R side of the frame in pixels.
 """
 import math
 import sys
@@ -19,13 +22,14 @@ import torch
 
 import model
 from data import Clips, collate, collate_gaze, to_model_pixels
-from gazing import last_slots, one_clip, parse_alpha, sheet, split_ratio
+from gazing import last_slots, one_clip, parse_alpha, sheet, split_ratio, to_device
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.labels import check_labels, load_labels
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, check_finite, count_parameters
 from lib.optim import learning_rate, make_optimizer
+from lib.weights import assign
 from model import Gaze, GazeConfig
 from videomae import check_fit, load_videomae
 
@@ -87,8 +91,11 @@ class Config:
 
     def check(self):
         configurator.check_at_least(
-            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
-            log_every=1, val_clips=1, seed=0, lr_end=0, task_loss_weight=0)
+            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, lr_end=0,
+            task_loss_weight=0, val_clips=1, val_every=1, save_every=1, log_every=1)
+        configurator.check_at_most(
+            self, n_frames=100_000, batch_size=1_000_000, hidden_size=100_000, num_layers=1000,
+            intermediate_size=1_000_000, num_conv_blocks=1000)
         configurator.check_above_zero(self, "lr", "epochs")
         configurator.check_share(self, "val_ratio")
         configurator.check_fraction(self, "warmup")
@@ -97,8 +104,11 @@ class Config:
         self.model()
 
     def model(self):
-        keys = GazeConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
-        return GazeConfig(**{k: getattr(self, k) for k in keys}, max_num_frames=self.n_frames)
+        return GazeConfig(**configurator.shared(self, GazeConfig), max_num_frames=self.n_frames)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loss
 
 
 def ntp_loss(log_prob, task_loss, gazing, n_real):
@@ -113,72 +123,102 @@ def ntp_loss(log_prob, task_loss, gazing, n_real):
     return nll, error
 
 
-def to_device(batch, V, device):
+def labelled_batch(batch, V, device):
+    """Normalised video (B, T, 3, R, R) and the labels as a gaze dict, both on the device."""
+    video = to_model_pixels(batch["video"].to(device, non_blocking=True))
     gazing = collate_gaze(batch["gazing_pos"], batch["task_losses"], V)
-    return to_model_pixels(batch["video"].to(device, non_blocking=True)), {k: v.to(device) for k, v in gazing.items()}
+    return video, to_device(gazing, device)
 
 
 def mirror(video, gazing, config):
     """Flip each clip of a batch left-right and up-down with probability 1/2 each, and its gazed ids with it."""
-    V, pos = config.num_ids, gazing["gazing_pos"]
+    V = config.num_ids
+    pos = gazing["gazing_pos"]
     for dim in (-1, -2):
-        flip = torch.rand(len(video), device=video.device) < 0.5
-        sides = [s // config.patch_size for s in config.scale_list]
-        # where each id goes, the padding id V to itself; grids are (row, column), so dim means the same as in the video
-        table = [torch.arange(n * n).view(n, n).flip(dim).flatten() + start
-                 for n, start in zip(sides, [0, *torch.tensor(config.ids_per_scale).cumsum(0).tolist()], strict=False)]
-        table = torch.cat([*table, torch.tensor([V])]).to(pos.device)
+        # where each id goes; grids are (row, column), so dim means the same as in the video
+        table = []
+        first = 0
+        for n_ids in config.ids_per_scale:
+            side = math.isqrt(n_ids)
+            table.append(first + torch.arange(n_ids).view(side, side).flip(dim).flatten())
+            first += n_ids
+        table.append(torch.tensor([V]))  # the padding id stays
+        table = torch.cat(table).to(pos.device)
+
+        flip = torch.rand(len(video), device=video.device) < 0.5         # (B,)
         ids = torch.where(gazing["if_padded_gazing"], V, pos % V)
         pos = torch.where(flip.unsqueeze(1), pos - ids + table[ids], pos)
         video = torch.where(flip.view(-1, 1, 1, 1, 1), video.flip(dim), video)
     return video, gazing | {"gazing_pos": pos}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# validation
+
+
 @torch.no_grad()
 def label_loss(gaze, loader, device):
     """Validation NTP loss per slot, loss-prediction error, how often the first gaze of a clip is the labelled one."""
-    sums = [0.0] * 5
+    nll_sum = error_sum = 0.0
+    n_real = n_hits = n_first = 0
     for batch in loader:
-        video, gazing = to_device(batch, gaze.config.num_ids, device)
+        video, gazing = labelled_batch(batch, gaze.config.num_ids, device)
         nll, error = ntp_loss(*gaze(video, gazing), gazing, 1.0)
-        said = gaze.generate(video[:, :1], gazing_ratio=1e-9)["gazing_pos"][:, 0]  # one gaze
-        first = [clip[0][:1] for clip in batch["gazing_pos"]]  # none in a frame without gazes
-        new = [nll.item(), error.item(), (~gazing["if_padded_gazing"]).sum().item(),
-               sum([i] == f for i, f in zip(said.tolist(), first, strict=True)), sum(map(len, first))]
-        sums = [a + b for a, b in zip(sums, new, strict=True)]
-    nll, error, n_real, hits, count = run.all_sum(*sums)
-    n_real, count = max(n_real, 1), max(count, 1)
-    return {"val_ntp": nll / n_real, "val_task_error": error / n_real, "val_first_accuracy": hits / count}
+        nll_sum += nll.item()
+        error_sum += error.item()
+        n_real += (~gazing["if_padded_gazing"]).sum().item()
+
+        # the first gaze, against the label's if there is one in the first frame
+        predicted = gaze.generate(video[:, :1], gazing_ratio=1e-9)["gazing_pos"][:, 0].tolist()
+        for predicted_id, label in zip(predicted, batch["gazing_pos"], strict=True):
+            if label[0]:
+                n_hits += predicted_id == label[0][0]
+                n_first += 1
+
+    nll_sum, error_sum, n_real, n_hits, n_first = run.all_sum(nll_sum, error_sum, n_real, n_hits, n_first)
+    n_real = max(n_real, 1)
+    return {"val_ntp": nll_sum / n_real, "val_task_error": error_sum / n_real,
+            "val_first_accuracy": n_hits / max(n_first, 1)}
 
 
 @torch.no_grad()
 def validate(gaze, mae, loader, ratios, requirement, device):
-    """Greedy gazes of validation clips and what the reconstructor makes of them, over all ranks.
+    """Greedy gazes of the validation clips and what the reconstructor makes of them, over all ranks.
 
-    ratios (T,) share of the patches that each frame may take. Returns ({val_loss: mean over clips and frames,
-    val_ratio, val_predicted: the model's own estimate of the loss}, tensors for one picture); without a reconstructor
-    no losses.
+    ratios (T,): share of the patches that each frame may take. Returns ({val_loss: mean over clips and frames,
+    val_predicted: the model's own estimate of it, val_ratio}, the first clip's tensors for a picture). Without a
+    reconstructor there are no losses and no reconstruction.
     """
-    sums, picture = [0.0] * 4, None
+    loss_sum = predicted_sum = ratio_sum = 0.0
+    n_clips = 0
+    example = None
     for batch in loader:
         video = to_model_pixels(batch["video"].to(device))
+        frames = range(video.shape[1])
         gazing = gaze.generate(video, gazing_ratio=ratios, task_loss_requirement=requirement)
-        real = ~gazing["if_padded_gazing"]
-        recon = None
-        if mae is not None:
-            recon, loss = mae(video, gazing, range(video.shape[1]))
+        ratio_sum += (~gazing["if_padded_gazing"]).sum().item() / (len(frames) * gaze.config.num_ids)
+        n_clips += len(video)
+
+        painted = None
+        if mae:
+            reconstruction, loss = mae(video, gazing, frames)            # (B, T, 3, R, R), (B, T)
             predicted = gaze(video, gazing)[1].gather(1, last_slots(gazing))
-            sums[0] += loss.mean(1).sum().item()
-            sums[1] += predicted.mean(1).sum().item()
-        sums[2] += real.sum().item() / (video.shape[1] * gaze.config.num_ids)
-        sums[3] += len(video)
-        if picture is None:
-            picture = video[0], one_clip(gazing, 0), recon
-    loss, predicted, ratio, count = run.all_sum(*sums)
-    metrics = {"val_ratio": ratio / count}
-    if mae is not None:
-        metrics = {"val_loss": loss / count, "val_predicted": predicted / count} | metrics
-    return metrics, picture
+            loss_sum += loss.mean(dim=1).sum().item()
+            predicted_sum += predicted.mean(dim=1).sum().item()
+            painted = reconstruction[0]
+        if example is None:
+            example = video[0], one_clip(gazing, 0), painted
+
+    loss_sum, predicted_sum, ratio_sum, n_clips = run.all_sum(loss_sum, predicted_sum, ratio_sum, n_clips)
+    metrics = {}
+    if mae:
+        metrics["val_loss"] = loss_sum / n_clips
+        metrics["val_predicted"] = predicted_sum / n_clips
+    metrics["val_ratio"] = ratio_sum / n_clips
+    return metrics, example
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -186,41 +226,47 @@ def main():
     rank, world, device = run.start(cfg)
     out = Path(cfg.out_dir)
 
-    # ---- model
+    # ---- model. FORK: your own encoder takes the place of the class Encoder in model.py
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
         resumed = load_state(out, cfg, world, {*GazeConfig.__dataclass_fields__, "n_frames"})
         start, best = resumed["step"], resumed["best"]
         gaze = Gaze.from_pretrained(out)  # for its config.json: sizes may come from what the run started from
-        gaze.load_state_dict(resumed["model"])
+        assign(gaze, resumed["model"], f"{out}/last.pt and config.json")
     elif cfg.init_from == "scratch":
         gaze = Gaze(cfg.model())
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.reference_decoding = False  # trained at exact positions, so decode at exact positions
-    # what the result gazes at unless told otherwise is what it was validated at, also when it started from a folder
-    gaze.config.gazing_ratio, gaze.config.task_loss_requirement = cfg.val_ratio, cfg.val_requirement
+    # Save the validation ratio and requirement as the checkpoint's defaults for generate().
+    gaze.config.gazing_ratio = cfg.val_ratio
+    gaze.config.task_loss_requirement = cfg.val_requirement
     gaze.to(device)
     V = gaze.config.num_ids
-    mae = load_videomae(cfg, device) if cfg.videomae else None
-    if mae:
+
+    # ---- reconstructor, for the validation loss only
+    mae = None
+    if cfg.videomae:
+        mae = load_videomae(cfg, device)
         check_fit(mae, gaze, "the gaze model")
 
-    # ---- data
+    # ---- data. FORK: any dataset whose items are like those of data.Clips with labels
     labels = load_labels(cfg.labels)
     check_labels(labels, cfg.n_frames, V, cfg.labels)
     R = gaze.config.image_size
-    args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, labels=labels, cache=cfg.cache)
-    train, val = Clips(cfg.root, "train", **args), Clips(cfg.root, "val", **args)
+    clips = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, labels=labels, cache=cfg.cache)
+    train = Clips(cfg.root, "train", **clips)
+    val = Clips(cfg.root, "val", **clips)
     run.check_same(training_clips=len(train), validation_clips=len(val))
+
     total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     sampler = StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
     loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
     val_loader = make_loader(val, shard(n_val, rank, world, sampler.micro), 0, collate)
-    val_ratios = split_ratio(cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha,
-                                    run.shared_generator(cfg.seed, 0))
+    val_ratios = split_ratio(
+        cfg.val_split, cfg.val_ratio, cfg.n_frames, cfg.alpha, run.shared_generator(cfg.seed, 0))
 
     # ---- optimizer
     optimizer = make_optimizer(cfg.optimizer, gaze, cfg.lr)
@@ -229,49 +275,69 @@ def main():
         f"Gaze {model.describe(gaze.config)}; {count_parameters(gaze) / 1e6:.2f} M parameters, "
         f"{count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
         f"{sampler.arithmetic}; {total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
-        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
-        + (f"; resumed at step {start}" if resumed else ""), precision], start)
+        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8",
+        precision], start)
 
     # ---- loop
-    unreadable, t0 = set(), time.time()
+    unreadable = set()
+    t0 = time.time()
     for step in range(start, total + 1):
         stop = run.stopping()
+
+        # validate, and keep the model with the lowest loss on the labels in best/
         if (step % cfg.val_every == 0 or step == total) and not stop:
-            metrics, picture = validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
+            metrics, example = validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
             labelled = label_loss(gaze, val_loader, device)
             log.write(step, total, step - start, **labelled, **metrics)
             best = keep_best(gaze, out, labelled["val_ntp"], best, rank)
             if rank == 0:
-                sheet(out / "val.png", *picture[:2], gaze.config,
-                      reconstruction=picture[2] if mae is None else picture[2][0],
-                      title=f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+                video, gazing, reconstruction = example
+                title = f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+                sheet(out / "val.png", video, gazing, gaze.config, reconstruction=reconstruction, title=title)
+
+        # save; after the last step there is nothing else to do
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
             gaze.save_pretrained(out)
             save_state(out / "last.pt", state_of(step, gaze, optimizer, scaler, best, cfg, world))
         if step == total or stop:
             break
+
+        # this step's learning rate
         run.seed_step(cfg.seed, step, rank, world)
         lr = learning_rate(cfg.lr_schedule, step, total, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
+
+        # The loss is a mean over the real slots of the whole step, so they are counted first: here per process.
         batches = [next(loader) for _ in range(sampler.n_micro)]
-        n_real = max(1, run.all_sum(sum(len(f) for b in batches for clip in b["gazing_pos"] for f in clip))[0])
-        sums = [0.0, 0.0]
-        for i, batch in enumerate(batches):
+        n_real = 0
+        for batch in batches:
+            n_real += sum(len(frame) for clip in batch["gazing_pos"] for frame in clip)
+        n_real = max(1, run.all_sum(n_real)[0]) / world
+
+        nll_sum = error_sum = 0.0
+        keys = []
+        for micro, batch in enumerate(batches):
+            keys += batch["key"]
             unreadable.update(batch["unreadable"])
-            video, gazing = to_device(batch, V, device)
+            video, gazing = labelled_batch(batch, V, device)
             if cfg.mirror:
                 video, gazing = mirror(video, gazing, gaze.config)
-            with sync(last=i == sampler.n_micro - 1):
+
+            with sync(last=micro == sampler.n_micro - 1):
                 with autocast:
-                    nll, error = ntp_loss(*ddp(video, gazing), gazing, n_real)
-                loss = (nll + cfg.task_loss_weight * error) * world  # DDP averages over ranks, we want the sum
-                scaler.scale(loss).backward()
-            sums = [sums[0] + nll.item(), sums[1] + error.item()]
-        check_finite(sum(sums), step, [k for b in batches for k in b["key"]])
+                    log_prob, task_loss = ddp(video, gazing)
+                    nll, error = ntp_loss(log_prob, task_loss, gazing, n_real)
+                loss = nll + cfg.task_loss_weight * error
+                scaler.scale(loss).backward()  # micro-batches add up, DDP takes the mean over processes
+            nll_sum += nll.detach()
+            error_sum += error.detach()
+
+        check_finite((nll_sum + error_sum).item(), step, keys)
         run.update(optimizer, scaler)
+
         if (step + 1) % cfg.log_every == 0:
-            nll, error = run.all_sum(*sums)
+            nll, error = run.all_sum(nll_sum.item() / world, error_sum.item() / world)
             log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr,
                       epoch=(step + 1) * cfg.batch_size / len(train),
                       ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
@@ -281,4 +347,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main)

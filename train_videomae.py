@@ -6,7 +6,10 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_videomae.py …
 
 Ratio and split over frames are drawn as for the labels (label.py), one draw per step, the same on all ranks. The loss
-is that of a few randomly chosen frames. Writes out_dir/{config.json, model.safetensors}.
+is that of a few randomly chosen frames. Writes out_dir/{config.json, model.safetensors}, and the same in out_dir/best
+for the model with the lowest validation loss.
+
+Dimension key: B clips, T frames, F frames to reconstruct, V patch ids per frame, R side of the frame in pixels.
 """
 import math
 import sys
@@ -18,11 +21,11 @@ from typing import Literal
 import torch
 
 from data import Clips, collate, to_model_pixels
-from gazing import as_sides, draw_ratio, one_clip, parse_alpha, random_gazing, sheet, split_ratio, to_budgets
+from gazing import as_sides, draw_ratio, one_clip, parse_alpha, random_gazing, sheet, split_ratio, to_budgets, to_device
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
-from lib.log import Log, check_finite, count_parameters
+from lib.log import Log, Means, check_finite, count_parameters
 from lib.optim import Muon, learning_rate
 from videomae import VideoMAE, VideoMAEConfig
 
@@ -87,8 +90,12 @@ class Config:
 
     def check(self):
         configurator.check_at_least(
-            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, val_every=1, save_every=1,
-            log_every=1, val_clips=1, seed=0, lr_end=0, weight_decay=0)
+            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, lr_end=0, weight_decay=0,
+            val_clips=1, val_every=1, save_every=1, log_every=1)
+        configurator.check_at_most(
+            self, max_num_frames=100_000, batch_size=1_000_000, hidden_size=100_000, num_hidden_layers=1000,
+            intermediate_size=1_000_000, decoder_hidden_size=100_000, decoder_num_hidden_layers=1000,
+            decoder_intermediate_size=1_000_000)
         configurator.check_above_zero(self, "lr", "ratio_rate", "clip_grad")
         configurator.check_share(self, "ratio_min", "ratio_max")
         configurator.check_fraction(self, "warmup", "beta2")
@@ -101,30 +108,54 @@ class Config:
                              f"max_num_frames={self.max_num_frames}")
 
     def model(self):
-        keys = VideoMAEConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
-        return VideoMAEConfig(**{k: getattr(self, k) for k in keys}, image_size=as_sides(self.scales)[-1][0])
+        side = as_sides(self.scales)[-1][0]
+        return VideoMAEConfig(**configurator.shared(self, VideoMAEConfig), image_size=side)
 
 
 def draw_budgets(cfg, V, generator):
+    """Patches per frame of one clip, as label.py draws them: a ratio, then a split over the frames."""
     ratio = draw_ratio("exponential", 0, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
     return to_budgets(split_ratio("dirichlet", ratio, cfg.n_frames, cfg.alpha, generator), V)
+
+
+def make_optimizer(mae, cfg):
+    if cfg.optimizer == "muon":
+        return Muon(mae, cfg.lr, betas=(0.9, cfg.beta2))
+
+    # as MAE: no weight decay on biases and norms
+    params = [p for p in mae.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
 
 
 @torch.no_grad()
 def evaluate(mae, loader, cfg, device):
     """Mean loss over validation clips with fixed random gazes, all frames; and one picture's tensors."""
-    V, total, count, picture = mae.config.num_ids, 0.0, 0, None
+    mae.eval()
+    V = mae.config.num_ids
+    loss_sum = 0.0
+    n_clips = 0
+    example = None
     for i, batch in enumerate(loader):
-        generator = torch.Generator().manual_seed(i)  # the same gazes at every evaluation
         video = to_model_pixels(batch["video"].to(device))
+        generator = torch.Generator().manual_seed(i)  # the same gazes at every evaluation
         gazing = random_gazing(draw_budgets(cfg, V, generator), len(video), V, generator)
-        gazing = {k: v.to(device) for k, v in gazing.items()}
-        recon, loss = mae(video, gazing, range(cfg.n_frames))
-        total, count = total + loss.mean(1).sum().item(), count + len(video)
-        if picture is None:
-            picture = video[0], one_clip(gazing, 0), recon[0]
-    total, count = run.all_sum(total, count)
-    return total / count, picture
+        gazing = to_device(gazing, device)
+        reconstruction, loss = mae(video, gazing, range(cfg.n_frames))   # (B, T, 3, R, R), (B, T)
+
+        loss_sum += loss.mean(dim=1).sum().item()
+        n_clips += len(video)
+        if example is None:
+            example = video[0], one_clip(gazing, 0), reconstruction[0]
+
+    mae.train()
+    loss_sum, n_clips = run.all_sum(loss_sum, n_clips)
+    return loss_sum / n_clips, example
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -134,7 +165,8 @@ def main():
 
     # ---- model
     model_cfg = cfg.model()
-    loss_args = {k: getattr(cfg, k) for k in ("loss_type", "loss_weights", "dinov2_reg", "siglip2")}
+    loss_args = dict(loss_type=cfg.loss_type, loss_weights=cfg.loss_weights, dinov2_reg=cfg.dinov2_reg,
+                     siglip2=cfg.siglip2)
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
     start, best, resumed = 0, math.inf, None
     if cfg.init_from == "resume":
@@ -146,85 +178,94 @@ def main():
     else:
         mae = VideoMAE.from_pretrained(cfg.init_from, model_cfg, **loss_args)
     mae.to(device)
-    V = model_cfg.num_ids
+    V, R = model_cfg.num_ids, model_cfg.image_size
 
-    # ---- data
-    R = model_cfg.image_size
-    args = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
-    train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, seed=cfg.seed, **args)
-    val = Clips(cfg.root, "val", **args)
+    # ---- data. FORK: any dataset whose items are like those of data.Clips
+    clips = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, cache=cfg.cache)
+    train = Clips(cfg.root, "train", random_start=cfg.random_start, crop=cfg.crop, seed=cfg.seed, **clips)
+    val = Clips(cfg.root, "val", **clips)
     run.check_same(training_clips=len(train), validation_clips=len(val))
+
     sampler = StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, cfg.steps)
     loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
     n_val = min(len(val), cfg.val_clips)
     val_loader = make_loader(val, shard(n_val, rank, world, sampler.micro), 0, collate)
 
     # ---- optimizer
-    if cfg.optimizer == "muon":
-        optimizer = Muon(mae, cfg.lr, betas=(0.9, cfg.beta2))
-    else:
-        decay = [p for p in mae.parameters() if p.requires_grad and p.dim() > 1]
-        rest = [p for p in mae.parameters() if p.requires_grad and p.dim() <= 1]
-        optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
-                                       {"params": rest, "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, cfg.beta2))
+    optimizer = make_optimizer(mae, cfg)
     ddp, sync, autocast, scaler, precision = run.prepare(mae, optimizer, cfg, world, device, resumed)
     log = Log(cfg, rank, world, device, [
         f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "
         f"{count_parameters(mae.vit) / 1e6:.2f} M encoder + "
         f"{count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
         sampler.arithmetic,
-        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8"
-        + (f"; resumed at step {start}" if resumed else ""), precision], start)
+        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8",
+        precision], start)
 
     # ---- loop
-    unreadable, t0 = set(), time.time()
+    unreadable = set()
+    t0 = time.time()
     for step in range(start, cfg.steps + 1):
         stop = run.stopping()
+
+        # validate, and keep the model with the lowest loss in best/
         if (step % cfg.val_every == 0 or step == cfg.steps) and not stop:
-            mae.eval()
-            val_loss, picture = evaluate(mae, val_loader, cfg, device)
+            val_loss, example = evaluate(mae, val_loader, cfg, device)
             log.write(step, cfg.steps, step - start, val_loss=val_loss)
-            if rank == 0:
-                sheet(out / "val.png", *picture[:2], model_cfg, reconstruction=picture[2],
-                      title=f"step {step}: loss {val_loss:.3f}")
             best = keep_best(mae, out, val_loss, best, rank)
-            mae.train()
+            if rank == 0:
+                video, gazing, reconstruction = example
+                sheet(out / "val.png", video, gazing, model_cfg, reconstruction=reconstruction,
+                          title=f"step {step}: loss {val_loss:.3f}")
+
+        # save; after the last step there is nothing else to do
         if (step % cfg.save_every == 0 or step == cfg.steps or stop) and rank == 0:
             mae.save_pretrained(out)
             save_state(out / "last.pt", state_of(step, mae, optimizer, scaler, best, cfg, world))
         if step == cfg.steps or stop:
             break
+
+        # this step's learning rate, budgets and frames
         run.seed_step(cfg.seed, step, rank, world)
         lr = learning_rate("linear_w_warmup", step, cfg.steps, cfg.lr, cfg.lr_end, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         generator = run.shared_generator(cfg.seed, step)
         budgets = draw_budgets(cfg, V, generator)
-        frames = torch.randperm(cfg.n_frames, generator=generator)[:cfg.recon_frames].sort().values.tolist()
-        step_loss, keys = 0.0, []
-        for i in range(sampler.n_micro):
+        frames = torch.randperm(cfg.n_frames, generator=generator)
+        frames = frames[:cfg.recon_frames].sort().values.tolist()
+
+        means = Means()
+        keys = []
+        for micro in range(sampler.n_micro):
             batch = next(loader)
             keys += batch["key"]
             unreadable.update(batch["unreadable"])
-            video = to_model_pixels(batch["video"].to(device, non_blocking=True))
-            gazing = {k: v.to(device) for k, v in random_gazing(budgets, len(video), V).items()}
-            with sync(last=i == sampler.n_micro - 1):
+            video = to_model_pixels(batch["video"].to(device, non_blocking=True))  # (B, T, 3, R, R)
+            share = len(video) / sampler.local                               # of this process's clips
+
+            # random gazes, other ones in every clip and process
+            gazing = to_device(random_gazing(budgets, len(video), V), device)
+
+            with sync(last=micro == sampler.n_micro - 1):
                 with autocast:
-                    loss = ddp(video, gazing, frames)[1].mean() * (len(video) / sampler.local)
-                scaler.scale(loss).backward()
-            step_loss += loss.item()
-        check_finite(step_loss, step, keys)
+                    _, losses = ddp(video, gazing, frames)               # (B, F)
+                    loss = losses.mean()
+                scaler.scale(loss * share).backward()
+            means.add(share, loss=loss)
+
+        check_finite(means.total(), step, keys)
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), cfg.clip_grad).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), cfg.clip_grad)
         run.update(optimizer, scaler)
+
         if (step + 1) % cfg.log_every == 0:
-            log.write(step + 1, cfg.steps, step + 1 - start, loss=run.all_sum(step_loss / world)[0], lr=lr,
-                      grad_norm=grad_norm, gazes_per_clip=sum(budgets),
-                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
+            log.write(step + 1, cfg.steps, step + 1 - start, **means.read(), lr=lr, grad_norm=grad_norm.item(),
+                      gazes_per_clip=sum(budgets), ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
                       data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
             t0 = time.time()
     run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main)

@@ -16,12 +16,14 @@ import inspect
 import io
 import math
 import os
+import re
 import runpy
 import sys
 import textwrap
 import tokenize
 from dataclasses import fields
 from decimal import Decimal
+from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -47,7 +49,8 @@ def parse(cls, argv):
 
 def load(cls, argv, verbose=None):
     """cls with the overrides in argv. verbose: print them; None = on rank 0 only. Raises ConfigError."""
-    hints, chosen = get_type_hints(cls), {}  # chosen: key -> (value, source)
+    hints = get_type_hints(cls)
+    chosen = {}  # key -> (value, source)
     for arg in argv:
         key, equals, text = arg.removeprefix("--").partition("=")
         if arg.endswith(".py") and not (equals and key.isidentifier()):  # init=a.py is a setting, runs/lr=1/a.py a file
@@ -62,12 +65,15 @@ def load(cls, argv, verbose=None):
             raise unknown(key, hints, SHELL)
         else:
             raise ConfigError(f"{arg!r} ({SHELL}) is neither key=value nor a config file (.py)")
+
     try:
         cfg = cls(**{key: value for key, (value, _) in chosen.items()})
+        check_common(cfg)
         if hasattr(cfg, "check"):
             cfg.check()
     except ValueError as e:
         raise ConfigError(str(e)) from e
+
     if verbose or verbose is None and os.environ.get("RANK", "0") == "0":
         for key, (value, source) in chosen.items():
             print(f"override {key} = {value!r} ({source})")
@@ -75,17 +81,24 @@ def load(cls, argv, verbose=None):
 
 
 def read_file(path, hints):
+    """{key: value} of a config file."""
     if not os.path.isfile(path):
         raise ConfigError(f"config file {path} not found (looked from {os.getcwd()})")
     try:
         names = runpy.run_path(path)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ConfigError(f"config file {path}: {type(e).__name__}: {e}") from e
-    for key in names.get("__annotations__", {}).keys() - names:  # YAML's `lr: 1e-3` is valid Python that sets nothing
+
+    # YAML's `lr: 1e-3` is valid Python that sets nothing
+    for key in names.get("__annotations__", {}).keys() - names:
         raise ConfigError(f"{key} has no value ({path}): write {key} = value")
+
     # modules, functions and classes are no settings, unless they took a key's name: then convert refuses them
-    return {key: value for key, value in names.items() if key in hints or not (
-        key.startswith("_") or isinstance(value, ModuleType) or callable(value))}
+    settings = {}
+    for key, value in names.items():
+        if key in hints or not (key.startswith("_") or isinstance(value, ModuleType) or callable(value)):
+            settings[key] = value
+    return settings
 
 
 def unknown(key, hints, source):
@@ -98,21 +111,33 @@ def convert(key, hints, value, source):
     """value as the type of key asks: text from the shell is read, Python from a file has to have the type already."""
     if key not in hints:
         raise unknown(key, hints, source)
-    hint, typed = hints[key], source == SHELL
+    hint = hints[key]
+    typed = source == SHELL
     word = value.lower() if typed else value
+
     if get_origin(hint) in (Union, UnionType):
-        if word == "none" and typed or value is None:
+        if value is None or typed and word == "none":
             return None
         hint = next(a for a in get_args(hint) if a is not NoneType)
+
     if get_origin(hint) is Literal:
-        same = [c for c in get_args(hint) if (str(c) if typed else c) == value and (typed or type(c) is type(value))]
-        if same:
-            return same[0]
-    elif hint is bool and (word in SWITCH if typed else isinstance(value, bool)):
-        return SWITCH[word] if typed else value
-    elif hint is str and isinstance(value, str):
-        return value
-    elif hint in (int, float) and (typed or isinstance(value, (int, float)) and not isinstance(value, bool)):
+        for choice in get_args(hint):
+            if typed and str(choice) == value:
+                return choice
+            if not typed and choice == value and type(choice) is type(value):
+                return choice
+
+    elif hint is bool:
+        if typed and word in SWITCH:
+            return SWITCH[word]
+        if isinstance(value, bool):
+            return value
+
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+
+    elif hint in (int, float) and (typed or type(value) in (int, float)):
         try:
             number = float(value)
             if hint is float and math.isfinite(number):
@@ -131,15 +156,22 @@ def type_name(hint):
 
 
 def help_text(cls):
+    """The script's docstring, then every key with its default, type and comment."""
     doc = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""
     lines = [doc.strip(), "", "settings with their defaults; config/file.py and --key=value override, last one wins"]
-    hints, comments, default = get_type_hints(cls), read_comments(cls), cls()
-    for f in fields(cls):
-        above, comment = comments.get(f.name, ([], ""))
-        value = getattr(default, f.name)
-        text = str(value).lower() if value is None or isinstance(value, bool) else value
-        lines += ["", *above] if above else []
-        lines.append(f"  {f'--{f.name}={text}':<32}  {type_name(hints[f.name])}{': ' if comment else ''}{comment}")
+    hints = get_type_hints(cls)
+    comments = read_comments(cls)
+    default = cls()
+    for field in fields(cls):
+        heading, comment = comments.get(field.name, ([], ""))
+        if heading:
+            lines += ["", *heading]
+        value = getattr(default, field.name)
+        if value is None or isinstance(value, bool):
+            value = str(value).lower()
+        setting = f"--{field.name}={value}"
+        colon = ": " if comment else ""
+        lines.append(f"  {setting:<32}  {type_name(hints[field.name])}{colon}{comment}")
     return "\n".join(lines).strip()
 
 
@@ -150,20 +182,48 @@ def read_comments(cls):
     except (OSError, TypeError):
         return {}
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    notes = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}  # line number -> comment
+    notes = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}  # by line number
+
     found = {}
     for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            above, n = [], node.lineno - 1
-            while n in notes and notes[n].line.strip().startswith("#"):
-                above, n = [notes[n].string.strip("#-= "), *above], n - 1
-            comment = notes[node.end_lineno].string.lstrip("# ") if node.end_lineno in notes else ""
-            found[node.target.id] = above, comment
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        heading = []
+        line = node.lineno - 1
+        while line in notes and notes[line].line.strip().startswith("#"):
+            heading.insert(0, notes[line].string.strip("#-= "))
+            line -= 1
+        comment = ""
+        if node.end_lineno in notes:
+            comment = notes[node.end_lineno].string.lstrip("# ")
+        found[node.target.id] = heading, comment
     return found
+
+
+def shared(cfg, other):
+    """{key: value} of the settings that are fields of the dataclass `other` too, such as a model's sizes."""
+    names = {field.name for field in fields(cfg)} & {field.name for field in fields(other)}
+    return {name: getattr(cfg, name) for name in names}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what a script's check() may ask
+
+
+LARGEST_SEED = 2 ** 32 - 1  # seeds of single steps are products of it
+
+
+def check_common(cfg):
+    """Keys that mean the same in every script. load() asks this by itself."""
+    device = getattr(cfg, "device", "auto")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
+        raise ValueError(f"device={device}: possible are auto, cpu, cuda (one per process) and cuda:0, cuda:1, …")
+    seed = getattr(cfg, "seed", 0)
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed={seed} must lie between 0 and {LARGEST_SEED}")
+    out_dir = getattr(cfg, "out_dir", None)
+    if out_dir is not None and Path.cwd().is_relative_to(Path(out_dir).resolve()):
+        raise ValueError(f"out_dir={out_dir} holds the folder you work in: give results a folder of their own")
 
 
 def check_at_least(cfg, **minimum):
@@ -172,6 +232,14 @@ def check_at_least(cfg, **minimum):
         value = getattr(cfg, key)
         if value is not None and value < least:
             raise ValueError(f"{key}={value} must be at least {least}")
+
+
+def check_at_most(cfg, **maximum):
+    """ValueError if a key is above its maximum: before memory is taken for it, or minutes pass."""
+    for key, most in maximum.items():
+        value = getattr(cfg, key)
+        if value is not None and value > most:
+            raise ValueError(f"{key}={value} must be at most {most}")
 
 
 def check_above_zero(cfg, *keys):

@@ -17,34 +17,46 @@ def divide_batch(batch_size, rank, world):
     return whole
 
 
-
 class StepSampler:
     """Batches of dataset indices for steps start..total-1, a pure function of (seed, step): resuming needs no state.
 
     All ranks walk one endless shuffled stream; step s takes `batch_size` items of it and every rank its equal share, so
-    the clips of a step do not depend on the number of ranks. Each share is cut into micro-batches of at most `micro`,
-    as equal as possible. An item is index + n · epoch, as data.Clips takes it.
+    the clips of a step do not depend on the number of ranks. Each share is cut into micro-batches of at most `micro`
+    (0: one), as equal as possible. Index i + epoch · n is item i in that epoch, as data.Clips takes it.
     """
 
     def __init__(self, n, batch_size, rank, world, micro, seed, start, total):
         if batch_size % world:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {world} processes")
-        self.n, self.batch_size, self.rank, self.seed, self.start, self.total = n, batch_size, rank, seed, start, total
+        self.n = n
+        self.batch_size = batch_size
+        self.rank = rank
+        self.seed = seed
+        self.start = start
+        self.total = total
+        self.epoch, self.order = -1, None
+
+        # micro-batches of this rank's share
         self.local = batch_size // world
         n_micro = math.ceil(self.local / (micro or self.local))
         self.micro = math.ceil(self.local / n_micro)
-        sizes = [len(range(i, min(i + self.micro, self.local))) for i in range(0, self.local, self.micro)]
-        self.n_micro = len(sizes)
-        clips = f"{self.micro} clips x {self.n_micro} micro-batches" if len(set(sizes)) == 1 else (
-            f"({' + '.join(map(str, sizes))}) clips in {self.n_micro} micro-batches")
-        self.arithmetic = f"batch {batch_size} = {clips} x {world} processes"
-        self.epoch, self.order = -1, None
+        self.n_micro = math.ceil(self.local / self.micro)
 
-    def item(self, i):
-        epoch, at = divmod(i, self.n)
+        # the same in words
+        last = self.local - (self.n_micro - 1) * self.micro
+        clips = f"{self.micro} clips x {self.n_micro} micro-batches"
+        if last != self.micro:
+            sizes = [self.micro] * (self.n_micro - 1) + [last]
+            clips = f"({' + '.join(map(str, sizes))}) clips in {self.n_micro} micro-batches"
+        self.arithmetic = f"batch {batch_size} = {clips} x {world} processes"
+
+    def item(self, position):
+        """Dataset index at a position of the endless stream."""
+        epoch, place = divmod(position, self.n)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
-        return int(self.order[at]) + self.n * epoch
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        return int(self.order[place]) + self.n * epoch
 
     def __iter__(self):
         for step in range(self.start, self.total):
@@ -57,29 +69,30 @@ class StepSampler:
         return (self.total - self.start) * self.n_micro
 
 
-
 def ignore_signals(worker):
     """Data workers leave it to their parent what a signal to the whole group means."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-
 def make_loader(dataset, sampler, n_workers, collate):
-    """A DataLoader over StepSampler's batches (or any list of index lists). Its generator is not used for data, but
-    without one it would take a number from torch's."""
+    """A DataLoader over StepSampler's batches, or any list of index lists."""
+    workers = {}
+    if n_workers:
+        workers = dict(num_workers=n_workers, worker_init_fn=ignore_signals, multiprocessing_context="spawn")
+    # A private generator: without one, DataLoader draws its base seed from torch's global generator and a resumed run
+    # would differ.
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=n_workers, collate_fn=collate, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(), worker_init_fn=ignore_signals if n_workers else None,
-        multiprocessing_context="spawn" if n_workers else None)
-
+        dataset, batch_sampler=sampler, collate_fn=collate, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(), **workers)
 
 
 class Feed:
     """Endless next() over a loader that also counts how long the caller had to wait."""
 
     def __init__(self, loader):
-        self.batches, self.seconds = iter(loader), 0.0
+        self.batches = iter(loader)
+        self.seconds = 0.0
 
     def __next__(self):
         t0 = time.perf_counter()
@@ -89,13 +102,12 @@ class Feed:
 
     def waited_ms(self, steps):
         """Milliseconds per step since the last call."""
-        ms, self.seconds = self.seconds * 1000 / steps, 0.0
+        ms = self.seconds * 1000 / steps
+        self.seconds = 0.0
         return ms
-
 
 
 def shard(n, rank, world, batch_size):
     """Index lists of this rank's share of an evaluation set: every item exactly once over all ranks."""
     mine = list(range(rank, n, world))
     return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-

@@ -1,5 +1,6 @@
 """What a run tells: a line on screen and a line in metrics.jsonl per interval, on rank 0."""
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -23,26 +24,36 @@ class Log:
     """metrics.jsonl in out_dir and one line on screen per entry, on rank 0 only."""
 
     def __init__(self, cfg, rank, world, device, lines, start=0):
-        """Print once what this run is: configuration, versions, device, and the caller's own lines."""
-        self.rank, self.out_dir, self.t0, self.device, self.wandb = rank, Path(cfg.out_dir), time.time(), device, None
-        if rank:
-            return
-        if cfg.init_from != "resume" and (self.out_dir / "last.pt").is_file():  # a job that was put in the queue again
-            names = (self.out_dir.with_name(f"{self.out_dir.name}.{i}") for i in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
-            os.replace(self.out_dir, aside)
-            print(f"{self.out_dir} held a run, now in {aside}; --init_from=resume would have gone on with it")
-        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.rank = rank
+        self.out_dir = Path(cfg.out_dir)
+        self.device = device
+        self.t0 = time.time()
+        self.wandb = None
+        if rank == 0:
+            self.open(cfg, world, lines, start)
+        run.LOOP.append(cfg.out_dir)
+
+    def open(self, cfg, world, lines, start):
+        """Take out_dir for this run and print once what it is: settings, versions, device, the caller's own lines."""
+        resumed = cfg.init_from == "resume"
+        self.lock = take_folder(self.out_dir, keep=resumed)
+
+        # run.json, and the same on screen
         about = {"command": sys.argv, "commit": git_commit(), "python": platform.python_version(),
-                 "torch": torch.__version__, "device": str(device), "world": world, "threads": torch.get_num_threads()}
-        (self.out_dir / "run.json").write_text(json.dumps({"config": asdict(cfg), **about}, indent=2) + "\n")
-        print("  ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
-        print(f"commit {about['commit']}, python {about['python']}, torch {about['torch']}, {device}, "
+                 "torch": torch.__version__, "device": str(self.device), "world": world,
+                 "threads": torch.get_num_threads()}
+        write_whole(self.out_dir / "run.json", json.dumps({"config": asdict(cfg), **about}, indent=2) + "\n")
+        print("  ".join(f"{key}={value}" for key, value in asdict(cfg).items()))
+        print(f"commit {about['commit']}, python {about['python']}, torch {about['torch']}, {self.device}, "
               f"{world} process(es) of {about['threads']} threads")
         for line in lines:
             print(line)
+        if resumed:
+            print(f"resumed at step {start}")
+
+        # metrics.jsonl goes on where the checkpoint was written
         path = self.out_dir / "metrics.jsonl"
-        write_whole(path, "".join(kept_rows(path, start)) if cfg.init_from == "resume" else "")
+        write_whole(path, "".join(kept_rows(path, start)) if resumed else "")
         self.file = open(path, "a")
         if cfg.wandb:
             import wandb
@@ -50,29 +61,102 @@ class Log:
 
     def write(self, step, total=None, done=0, **metrics):
         """done: steps finished in this process's life, for the ETA."""
-        if self.rank:
+        if self.rank > 0:
             return
         metrics["memory_gb"] = peak_memory(self.device)
-        entry = {"step": step, "time": round(time.time() - self.t0, 2)}
-        entry |= {k: (float(f"{v:.6g}") if isinstance(v, float) else v) for k, v in metrics.items()}
-        self.file.write(json.dumps(entry) + "\n")
+        seconds = time.time() - self.t0
+
+        # six digits in the file
+        row = {"step": step, "time": round(seconds, 2)}
+        for name, value in metrics.items():
+            row[name] = rounded(value, 6)
+        self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.wandb:
-            self.wandb.log({f"{k}/{i}" if isinstance(v, list) else k: x for k, v in entry.items()
-                            for i, x in enumerate(v if isinstance(v, list) else [v])}, step=step)
-        text = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-        eta = ""
-        if total and done:
-            eta = f" | eta {(time.time() - self.t0) / done * (total - step):.0f}s"
-        print(f"step {step}{f'/{total}' if total else ''} | {text}{eta}", flush=True)
+            self.wandb.log(flat(row), step=step)
 
+        # four on screen
+        text = " ".join(f"{name} {rounded(value, 4)}" for name, value in metrics.items())
+        of = f"/{total}" if total else ""
+        eta = f" | eta {seconds / done * (total - step):.0f}s" if total and done else ""
+        print(f"step {step}{of} | {text}{eta}", flush=True)
+
+
+def rounded(value, digits):
+    """A float, or a list of them, to so many significant digits; anything else as it is."""
+    if isinstance(value, list):
+        return [rounded(x, digits) for x in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def flat(row):
+    """Lists in a row become name/0, name/1, …"""
+    out = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            out |= {f"{name}/{i}": x for i, x in enumerate(value)}
+        else:
+            out[name] = value
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the folder of a run
+
+
+def take_folder(folder, keep):
+    """Make `folder` this process's own until it ends; returns the open lock file. keep=False: a run that is in there is
+    moved aside. ValueError: another process is still writing to it."""
+    lock = lock_folder(folder)
+    if keep or not (folder / "last.pt").is_file():
+        return lock
+
+    # a job that was put in the queue again, or the same command once more
+    for i in itertools.count(1):
+        aside = folder.with_name(f"{folder.name}.{i}")
+        if not aside.exists():
+            break
+    os.replace(folder, aside)
+    print(f"{folder} held a run, now in {aside}; --init_from=resume would have gone on with it")
+    lock.close()
+    return lock_folder(folder)
+
+
+def lock_folder(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise ValueError(f"out_dir={folder} is in use by {lock.read().strip() or 'another run'}: wait for it, or give "
+                         "another out_dir") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}\n")
+    lock.flush()
+    return lock
+
+
+def kept_rows(path, start):
+    """Lines of metrics.jsonl that a run resumed at step `start` will not write again; training rows have an lr."""
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):  # the line a killed process was writing
+            row = json.loads(line)
+            if row["step"] < start or row["step"] == start and "lr" in row:
+                yield line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# numbers
 
 
 class Means:
     """Means over the micro-batches of a step and over all processes.
 
     add(share, name=value): share is this micro-batch's part of the process's clips, so that shares sum to 1. Values are
-    numbers or tensors of any shape; they stay on their device until read() is called.
+    numbers or tensors of any shape; they stay on their device until read() or total() is called.
     """
 
     def __init__(self):
@@ -82,6 +166,10 @@ class Means:
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float32).detach() * share
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def total(self):
+        """Sum of everything, a float: not finite if anything is not. The one value that is fetched from the GPU."""
+        return sum(value.sum() for value in self.sums.values()).item()
 
     def read(self):
         """{name: mean over all processes}, a float or a list of floats. All processes have to call it."""
@@ -93,40 +181,28 @@ class Means:
         return means
 
 
-def kept_rows(path, start):
-    """Lines of metrics.jsonl that a run resumed at step `start` will not write again; training rows have an lr."""
-    for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the line a killed process was writing
-            row = json.loads(line)
-            if row["step"] < start or row["step"] == start and "lr" in row:
-                yield line
+def check_finite(loss, step, keys):
+    """FloatingPointError, naming step and clips, unless the loss is a finite number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"loss is {loss} at step {step}; clips of this step: {', '.join(keys[:8])}")
 
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def peak_memory(device):
     """GiB this process had at most: on the GPU, or resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
-
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def git_commit():
     try:
-        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                              text=True)
-        return run.stdout.strip() or "unknown"
+        return git.stdout.strip() or "unknown"
     except OSError:
         return "unknown"
-
-
-
-def check_finite(loss, step, keys):
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"loss is {loss} at step {step}; clips of this step: {', '.join(keys[:8])}")
-
-
-
-def count_parameters(module):
-    return sum(p.numel() for p in module.parameters())
-

@@ -12,11 +12,9 @@ def learning_rate(kind, step, total, lr, lr_end, warmup):
     return lr + (lr_end - lr) * (step - warm) / max(1, total - warm)
 
 
-
 def exponential(step, total, start, end):
     """start · (end / start)^(step / total)"""
     return start * (end / start) ** (step / max(1, total))
-
 
 
 class Muon:
@@ -31,9 +29,11 @@ class Muon:
             raise ValueError(f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}")
         linear = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Linear)}
         params = [p for p in module.parameters() if p.requires_grad]
-        matrices, rest = [p for p in params if id(p) in linear], [p for p in params if id(p) not in linear]
-        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-                      torch.optim.Adam(rest, lr=lr, **adam)]
+        matrices = [p for p in params if id(p) in linear]
+        rest = [p for p in params if id(p) not in linear]
+        self.parts = [
+            torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Adam(rest, lr=lr, **adam)]
 
     @property
     def param_groups(self):
@@ -51,14 +51,15 @@ class Muon:
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state):
-        for part, s in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(s)
-
+        for part, state_of_part in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(state_of_part)
 
 
 def make_optimizer(kind, module, lr):
+    """kind: adam | sgd | muon, for all weights that are trained."""
     if kind == "muon":
         return Muon(module, lr)
     params = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.SGD(params, lr=lr) if kind == "sgd" else torch.optim.Adam(params, lr=lr)
-
+    if kind == "sgd":
+        return torch.optim.SGD(params, lr=lr)
+    return torch.optim.Adam(params, lr=lr)

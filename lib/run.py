@@ -1,7 +1,26 @@
-"""What the processes of a run must agree on: their number, the device, seeds, precision, and when to stop."""
+"""What the processes of a run must agree on: their number, the device, seeds, precision, and when to stop.
+
+    cfg = configurator.parse(Config, sys.argv[1:])
+    rank, world, device = run.start(cfg)
+    ddp, sync, autocast, scaler, line = run.prepare(module, optimizer, cfg, world, device, resumed)
+
+The shared parts read these keys of a script's config; all else in it is the script's own business:
+
+    device             auto | cpu | cuda | cuda:N          start
+    batch_size         divided over the processes          start
+    seed               range of values                     configurator.load
+    dtype tf32 compile precision                           prepare
+    out_dir            metrics.jsonl, run.json, last.pt    log.Log, checkpoint
+    init_from          "resume" goes on with last.pt       log.Log
+    wandb              project or none                     log.Log, configurator.check_wandb
+    all of them        kept and compared on resuming       checkpoint.state_of, checkpoint.load_state
+
+log_every, save_every, val_every, n_workers, cache are read by the scripts alone; they have the same meaning in all.
+"""
 import contextlib
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -12,23 +31,49 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.loader import divide_batch
 
+# ----------------------------------------------------------------------------------------------------------------------
+# beginning and end
+
+
+def launch(main):
+    """Run a script's main(). What the user has to put right before training can begin (a missing folder, settings that
+    do not fit) ends in one line and exit code 2; everything later, and every bug, in a traceback."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        if LOOP:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+LOOP = []  # not empty once log.Log has announced a run: training begins
+
 
 def init_processes(device="auto"):
     """Join the process group that torchrun announces, if any. Returns (rank, world, device)."""
-    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        if not torch.cuda.is_available():
+        device = f"cuda:{local}"
+    if device.startswith("cuda"):
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if n_gpus == 0:
             raise ValueError("device=cuda: torch sees no GPU here (nvidia-smi, and a CUDA build of torch?): "
                              "give --device=cpu")
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
-    if world > 1:
-        # days: who has labelled its clips waits for the others, and a run that hangs is for the scheduler to end
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
-    return rank, world, torch.device(device)
+        if torch.device(device).index >= n_gpus:
+            raise ValueError(f"device={device}: torch sees {n_gpus} GPU(s) here, counted from 0")
+        torch.cuda.set_device(torch.device(device).index)
 
+    if world > 1:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        # 7 days: in label.py fast ranks wait for slow ones. Killing a hung job is the scheduler's business.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    return rank, world, torch.device(device)
 
 
 def start(cfg):
@@ -40,11 +85,33 @@ def start(cfg):
     return rank, world, device
 
 
+STOP = []  # signals that asked for an end
+
+
+def stop_on_sigterm():
+    """From now on SIGTERM (a preempted job) only makes stopping() true, so that the loop can save and leave."""
+    STOP.clear()
+    signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
+
+
+def stopping():
+    """Whether any process was asked to end. All ranks call it at the same place, so they leave at the same step."""
+    return all_sum(len(STOP))[0] > 0
+
+
+def finish():
+    barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# random numbers
+
 
 def seed_step(seed, step, rank, world):
     """Random numbers of a step depend on step and rank only, so a resumed run draws what it would have drawn."""
     torch.manual_seed((seed * 1_000_003 + step) * world + rank)
-
 
 
 def shared_generator(seed, step):
@@ -52,15 +119,18 @@ def shared_generator(seed, step):
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# between processes
+
 
 def all_sum(*values):
     """Sums over ranks of Python numbers, as floats."""
-    t = torch.tensor(values, dtype=torch.float64)
+    sums = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        t = t.cuda() if dist.get_backend() == "nccl" else t
-        dist.all_reduce(t)
-    return t.tolist()
-
+        if dist.get_backend() == "nccl":
+            sums = sums.cuda()
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def from_all(value):
@@ -72,19 +142,9 @@ def from_all(value):
     return everyone
 
 
-
 def count_distinct(names):
     """Number of names in the sets of all ranks together: a file that several of them met counts once."""
     return len(set().union(*from_all(names)))
-
-
-
-def now(device):
-    """Seconds, when the device has done all it was given: only then do differences mean something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
 
 
 def barrier():
@@ -92,33 +152,26 @@ def barrier():
         dist.barrier()
 
 
-
 def check_same(**values):
     """ValueError on every rank, naming what differs, unless all processes come with the same values."""
     everyone = from_all(values)
+    first = everyone[0]
     for rank, theirs in enumerate(everyone):
         for key in values.keys() | theirs.keys():
-            if theirs.get(key) != everyone[0].get(key):
-                raise ValueError(f"process {rank} has {key}={theirs.get(key)!r}, process 0 {everyone[0].get(key)!r}: "
+            if theirs.get(key) != first.get(key):
+                raise ValueError(f"process {rank} has {key}={theirs.get(key)!r}, process 0 {first.get(key)!r}: "
                                  "start all processes with the same command and the same data")
 
 
-
-STOP = []  # signals that asked for an end
-
-
-
-def stop_on_sigterm():
-    """From now on SIGTERM (a preempted job) only makes stopping() true, so that the loop can save and leave."""
-    STOP.clear()
-    signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
+# ----------------------------------------------------------------------------------------------------------------------
+# precision and gradients
 
 
-
-def stopping():
-    """Whether any process was asked to end. All ranks call it at the same place, so they leave at the same step."""
-    return all_sum(len(STOP))[0] > 0
-
+def now(device):
+    """perf_counter after a device synchronisation, so that differences measure GPU work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def prepare(module, optimizer, cfg, world, device, resumed):
@@ -128,17 +181,21 @@ def prepare(module, optimizer, cfg, world, device, resumed):
     sync(last): gradients travel between processes in the last micro-batch of a step only; it has to enclose the forward
     pass too. compile works in place, so parameter names in checkpoints stay.
     """
-    name = cfg.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    dtype = cfg.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    elif dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    half = torch.float16 if dtype == "float16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = cfg.tf32
-    autocast = torch.autocast(device.type, torch.float16 if name == "float16" else torch.bfloat16, name != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
+
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        restore(optimizer, scaler, resumed, cfg)
+
     compiled = cfg.compile and device.type != "cpu"
     if compiled:
         module.compile()
@@ -146,9 +203,28 @@ def prepare(module, optimizer, cfg, world, device, resumed):
 
     def sync(last):
         return contextlib.nullcontext() if last or world == 1 else ddp.no_sync()
-    line = f"precision {name}, TF32 {'on' if cfg.tf32 and device.type == 'cuda' else 'off'}, compiled: {compiled}"
-    return ddp, sync, autocast, scaler, line + (" (never on a CPU)" if cfg.compile and not compiled else "")
 
+    tf32 = "on" if cfg.tf32 and device.type == "cuda" else "off"
+    line = f"precision {dtype}, TF32 {tf32}, compiled: {compiled}"
+    if cfg.compile and not compiled:
+        line += " (never on a CPU)"
+    return ddp, sync, autocast, scaler, line
+
+
+def restore(optimizer, scaler, resumed, cfg):
+    """Take optimizer and scaler up where the checkpoint left them. ValueError if theirs are not in it."""
+    try:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        # torch accepts a state that lacks entries, and fails at the first step
+        for part in getattr(optimizer, "parts", [optimizer]):
+            states = list(part.state.values())
+            for state in states[1:]:
+                if state.keys() != states[0].keys():
+                    raise ValueError(f"entries {sorted(state.keys() ^ states[0].keys())} are missing for some weights")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{cfg.out_dir}/last.pt is not a checkpoint of this script, or of one with another optimizer "
+                         f"or dtype ({type(error).__name__}: {error})") from error
 
 
 def update(optimizer, scaler):
@@ -156,11 +232,3 @@ def update(optimizer, scaler):
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-
-
-
-def finish():
-    barrier()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
