@@ -1,11 +1,11 @@
-# make toy    install, then the whole pipeline on generated videos (about 10 minutes on 2 CPU cores)
+# make toy    install, then all stages on generated videos (about 10 minutes on 2 CPU cores)
 # make test   install, then the tests
 # make lint   install, then ruff
 PYTHON ?= python3
 VENV = .venv/installed
 
 toy: $(VENV)
-	.venv/bin/python pipeline.py config/toy.py
+	PYTHON=.venv/bin/python bash toy.sh
 
 test: $(VENV)
 	.venv/bin/python -m pytest -q tests

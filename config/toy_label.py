@@ -7,3 +7,4 @@ ratio_min = 0.17        # 14 of 84 patches
 ratio_max = 0.34        # 28
 ratio_rate = 5.0
 alpha = "12,3"          # the first frame gets most, the rest follows what changes
+max_clips = 3000        # training clips that get labels

@@ -354,9 +354,9 @@ def test_perceptual_losses_and_start_weights(run, networks, tmp_path):
     for args in ([], loss):
         run(train_ntp, [*NTP, *args, "--steps=1"], "ntp")
         run(train_grpo, [*GRPO, *args, "--steps=1"], "grpo")
-        measured.append([r["val_loss"] for f in ("ntp", "grpo") for r in metrics(tmp_path / f).values()
-                         if "val_loss" in r][-1])
-    assert measured[1] > 1.01 * measured[0]
+        measured.append([r["val_loss"] for r in metrics(tmp_path / "ntp").values() if "val_loss" in r][-1])
+        measured.append([-r["val_reward"] for r in metrics(tmp_path / "grpo").values() if "val_reward" in r][-1])
+    assert measured[2] > 1.01 * measured[0] and measured[3] > 1.01 * measured[1]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -618,12 +618,12 @@ def test_half_precision(run, tmp_path, script, args):
 
 
 def test_rewards_in_parts(gaze, mae):
-    """reward_batch changes memory, not losses; padded slots and unequal budgets included."""
+    """reward_batch changes memory, not rewards; padded slots and unequal budgets included."""
     video, frames = normal_video(2), [1, 3]
     gazing = gaze.generate(video, torch.rand(6, 4), temperature=1.0, num_copies=3)
-    whole = mae(video, gazing, frames)[1]
+    whole = -mae(video, gazing, frames)[1]
     for most in (0, 1, 2, 4, 5, 100):
-        torch.testing.assert_close(train_grpo.measure(mae, video, gazing, frames, most), whole)
+        torch.testing.assert_close(train_grpo.reward(mae, video, gazing, frames, most), whole)
 
 
 def test_mirror_moves_gazes_with_the_pixels():

@@ -1,0 +1,2 @@
+# Generated clips for the toy run.
+n_train = 4000
