@@ -1,9 +1,11 @@
 """What users get wrong, one row each: what was done, the error, and the words it has to say (file or key, and why)."""
-import dataclasses
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ import data
 import eval as eval_
 import label
 import make_data
-import pipeline
 import train_grpo
 import train_ntp
 import train_videomae
 from data import VideoError
 from lib import labels as label_files
-from lib.checkpoint import save_state
+from lib import run
+from lib.checkpoint import save_state, state_of
+from lib.log import take_folder
 from model import Gaze
 from videomae import ReconstructionLoss, VideoMAE
 
@@ -66,11 +69,14 @@ def call(script, *args):
                          "clip_grad=-1 scales=a scales= weight_decay=-1 recon_frames=0"),
         (label, "ratio_rate=0 stride=0 max_clips=-1 n_frames=0 alpha=x ratio_min=0.5 ratio_rate=-1"),
         (eval_, "ratios=0.2, ratios=2 ratios=a ratios= max_clips=0 max_clips=-1 n_frames=0 stride=0 batch_size=0 "
-                "alpha=x greedy_clips=-1 models=random=a models=a=b,a=c models=a models=a=b=c,d models=a= models==b"),
-        (pipeline, "ratio=2 other_ratios=0 other_ratios=a other_ratios=0.2, alpha=x alpha=1,2,3,4,5 seed=-1 n_train=0 "
-                   "n_val=0 label_clips=0 n_processes=0 n_frames=0")) for bad in bads.split())])
-def test_settings(script, args, says, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline.subprocess, "Popen", None)  # no stage may start
+                "alpha=x greedy_clips=-1 models=random=a models=a=b,a=c models=a models=a=b=c,d models=a= models==b")
+        ) for bad in bads.split()),
+    *((script, f"--{key}={value}", f"{key}=.*must") for script, keys in (
+        (train_ntp, "batch_size hidden_size num_layers intermediate_size n_frames"),
+        (train_grpo, "batch_size group_size"),
+        (train_videomae, "batch_size decoder_num_hidden_layers intermediate_size max_num_frames"))
+      for key in keys.split() for value in ("1e9", "99999999999999999999"))])
+def test_settings(script, args, says, capsys):
     with pytest.raises(SystemExit) as stop:
         call(script, *args.split())
     assert stop.value.code == 2
@@ -109,6 +115,10 @@ LABELS = [
     ("empty file", lambda good: "", "labels.json is not valid JSON"),
     ("a list", lambda good: "[]", "labels.json: expected an object of labels by video"),
     ("not JSON behind a label", lambda good: json.dumps(good)[:-1] + ", }", "labels.json is not valid JSON"),
+    ("two objects", lambda good: json.dumps(good) + '\n{"b": {}}', "labels.json is not valid JSON.*Extra data"),
+    ("a key twice", lambda good: json.dumps(good)[:-1] + ", " + json.dumps(good)[1:], "two labels for 'toy/train/0000"),
+    ("half a character", lambda good: json.dumps(good | {"\ud83d.mp4": next(iter(good.values()))}), "half a character"),
+    ("deep", lambda good: '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "labels.json.*(nested too deeply|list)"),
     ("of other videos", lambda good: json.dumps({k.replace("toy", "else"): v for k, v in good.items()}),
      "no label fits a video of .*toy/train/000000.mp4.*else/train/")]
 
@@ -157,15 +167,30 @@ def all_corrupt(folder, toy):
          "--decoder_num_hidden_layers=1", "--max_num_frames=4", "--decoder_hidden_size=32")
 
 
-def resume(folder, toy, *args, text=None):
-    """Resume from a checkpoint with other settings, or from a damaged one."""
+def resume(folder, toy, *args, text=None, **entries):
+    """Resume from a checkpoint with other settings, with other entries (None: without), or from a damaged one."""
     (folder / "labels.json").write_text("{}")
     cfg = train_ntp.configurator.load(train_ntp.Config, [*SIZES], verbose=False)
-    save_state(folder / "last.pt", {"step": 1, "config": dataclasses.asdict(cfg)})
+    gaze = Gaze(cfg.model())
+    gaze.save_pretrained(folder)
+    optimizer = torch.optim.Adam(gaze.parameters())
+    state = state_of(1, gaze, optimizer, torch.amp.GradScaler("cpu", enabled=False), 3.0, cfg, 1) | entries
+    save_state(folder / "last.pt", {name: value for name, value in state.items() if value is not None})
     if text is not None:
         (folder / "last.pt").write_bytes(text)
     call(train_ntp, *SIZES, *args, "--init_from=resume", f"--root={toy}", f"--labels={folder / 'labels.json'}",
          f"--out_dir={folder}")
+
+
+def optimizer_without_an_entry(folder, toy):
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    del state["state"][1]["exp_avg"]
+    cfg = train_ntp.Config(out_dir=str(folder), dtype="float32")
+    run.prepare(module, optimizer, cfg, 1, torch.device("cpu"), {"optimizer": state, "scaler": {}})
 
 
 def wrong_prefix(folder, toy):
@@ -202,7 +227,17 @@ def disk_full(folder, toy):
 def damaged_pack(folder, toy):
     (folder / "l.json").write_text('{"a/b/c.mp4": {"gazing_pos": [[1]], "task_losses": [[0.5]]}}')
     packed = label_files.pack_labels(folder / "l.json")
-    (packed / "gazing_pos.bin").write_bytes(b"12")
+    whole = (packed / "ids.npy").read_bytes()
+    (packed / "ids.npy").write_bytes(whole[:-2])
+    label_files.load_labels(packed)
+
+
+def mixed_pack(folder, toy):
+    text = json.dumps({"a/b/c.mp4": {"gazing_pos": [[1]], "task_losses": [[0.5]]}})
+    (folder / "l.json").write_text(text)
+    packed = label_files.pack_labels(folder / "l.json")
+    (folder / "m.json").write_text(text.replace("[1]", "[1, 2]").replace("[0.5]", "[0.5, 0.4]"))
+    shutil.copy(label_files.pack_labels(folder / "m.json") / "ids.npy", packed)
     label_files.load_labels(packed)
 
 
@@ -234,8 +269,15 @@ def damaged_config(folder, make, change):
     (lambda f, toy: call(train_ntp, *SIZES, "--init_from=resume", f"--out_dir={f}", f"--root={toy}"),
      FileNotFoundError, "last.pt: no such checkpoint; init_from=resume needs"),
     (lambda f, toy: resume(f, toy, "--hidden_size=64"), ValueError, r"last.pt.*hidden_size=64 \(was 32\)"),
-    (lambda f, toy: resume(f, toy, text=b"PK\3\4 cut"), ValueError, "last.pt is no checkpoint of this script"),
-    (lambda f, toy: resume(f, toy, text=b""), ValueError, "last.pt is no checkpoint of this script"),
+    (lambda f, toy: resume(f, toy, text=b"PK\3\4 cut"), ValueError, "last.pt is not a checkpoint of this script"),
+    (lambda f, toy: resume(f, toy, text=b""), ValueError, "last.pt is not a checkpoint of this script"),
+    *((lambda f, toy, name=name, value=value: resume(f, toy, **{name: value}), ValueError,
+       f"last.pt is not a checkpoint of this script: {says}") for name, value, says in (
+        *((name, None, f"{name} is missing") for name in ("step", "best", "model", "optimizer", "scaler", "config")),
+        ("step", "7", "step is a str, not a int"), ("best", [1], "best is a list"), ("model", [], "model is a list"),
+        ("step", -1, "step is -1"), ("model", {"a": 1}, "model holds something else than tensors"))),
+    (lambda f, toy: resume(f, toy, model={"a": torch.ones(1)}), ValueError, "last.pt and config.json do not fit"),
+    (optimizer_without_an_entry, ValueError, "last.pt is not a checkpoint of this script.*exp_avg.*missing"),
     (lambda f, toy: call(train_ntp, *SIZES, f"--init_from={f}"), FileNotFoundError, "has no config.json"),
     (wrong_prefix, ValueError, "videomae.pt and the config do not fit: missing vit.embeddings.cls_token"),
     *((pickled(name, {"a": torch.zeros(1000)}, share), ValueError, f"{name} is cut off or no file of weights: copy it")
@@ -245,7 +287,8 @@ def damaged_config(folder, make, change):
     (pickled("videomae.pt", torch.nn.Linear(1, 1)), ValueError, "videomae.pt is .*or save a state_dict"),
     (other_scales, ValueError, r"scales 8\+32.*16\+32"),
     (disk_full, OSError, "last.pt could not be written, the one before it is kept: is the disk full"),
-    (damaged_pack, ValueError, "gazing_pos.bin has 2 bytes, 4 expected"),
+    (damaged_pack, ValueError, "ids.npy.*pack again|pack again.*ids.npy"),
+    (mixed_pack, ValueError, "labels=.*its files are of different label files: pack again"),
     (lambda f, toy: label_files.load_labels(f), ValueError, "labels=.*not a folder written by"),
     (lambda f, toy: label_files.load_labels(f / "none.json"), FileNotFoundError, "none.json does not exist: label.py"),
     (lambda f, toy: same_names(f, toy), ValueError, "two folders have the same last name"),
@@ -268,3 +311,47 @@ def damaged_config(folder, make, change):
 def test_files(tmp_path, toy, do, error, says):
     with pytest.raises(error, match=says):
         do(tmp_path, toy)
+
+
+# ---- a script as it is started
+
+@pytest.mark.parametrize("args, says", [
+    (["train_ntp.py", "--labels=none.json", "--root=none"], "error: label file none.json does not exist"),
+    (["train_videomae.py", "--root=none", "--hidden_size=32", "--num_hidden_layers=1"],
+     "error: data folder none does not exist"),
+    (["train_grpo.py", "--init_from=none/none/none"], "error: none/none/none has no config.json")])
+def test_what_is_missing_is_said_in_one_line(tmp_path, args, says):
+    script, *settings = args
+    done = subprocess.run([sys.executable, Path(train_ntp.__file__).parent / script, *settings, "--device=cpu"],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(says) and done.stderr.count("\n") == 1, done.stderr
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lib.log import take_folder
+lock = take_folder(Path(sys.argv[1]), keep=True)
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_folder_that_a_run_still_writes_to_is_refused(tmp_path, keep):
+    """The second run says who holds it; when that has ended, its result is moved aside, or gone on with."""
+    out = tmp_path / "out"
+    root = Path(train_ntp.__file__).parent
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, out], cwd=root, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "holds\n"
+        (out / "last.pt").write_text("a run")
+        with pytest.raises(ValueError, match=f"out_dir=.*out is in use by process {holder.pid} on .*since"):
+            take_folder(out, keep)
+        assert (out / "last.pt").exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    lock = take_folder(out, keep)
+    assert (out / "last.pt").exists() == keep and (tmp_path / "out.1" / "last.pt").exists() != keep
+    lock.close()
