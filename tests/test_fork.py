@@ -10,6 +10,7 @@ import torch
 
 import train_grpo
 from data import Clips, collate, to_model_pixels
+from gazing import split_ratio
 from model import Gaze
 
 SOURCE = Path(train_grpo.__file__).read_text()
@@ -27,7 +28,7 @@ NO_RECONSTRUCTOR = "    mae = None\n"
 SETTINGS = [
     "--scales=16+32", "--patch_size=8", "--hidden_size=32", "--intermediate_size=64", "--num_layers=1", "--num_heads=4",
     "--num_multi_token_pred=3", "--n_frames=4", "--device=cpu", "--n_workers=0", "--batch_size=2", "--val_clips=3",
-    "--init_from=scratch", "--group_size=6", "--split=mean", "--ratio=0.3", "--val_ratio=0.3", "--initializer_range=0.2",
+    "--init_from=scratch", "--initializer_range=0.2", "--group_size=6", "--split=mean", "--ratio=0.3", "--val_ratio=0.3",
     "--recon_sample_rate=0.5", "--optimizer=adam", "--lr=0.05", "--lr_schedule=constant", "--steps=2", "--log_every=1",
     "--val_every=1"]
 
@@ -68,7 +69,7 @@ def test_a_fork_is_ten_lines_in_two_places(fork, toy, tmp_path, monkeypatch):
     assert len(set(validated)) > 1, "the steps should differ"
     clips = Clips(toy, "val", n_frames=4, size=32)
     video = to_model_pixels(collate([clips[i] for i in range(3)])["video"])
-    gazing = Gaze.from_pretrained(out / "best").generate(video)
+    gazing = Gaze.from_pretrained(out / "best").generate(video, split_ratio("mean", 0.3, 4, "10,3", None))
     best = fork.reward(None, video, gazing, range(4)).mean().item()
     assert best == pytest.approx(max(validated), abs=1e-5)
     assert torch.load(out / "last.pt", weights_only=True)["best"] == pytest.approx(-max(validated), abs=1e-5)
