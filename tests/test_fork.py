@@ -27,8 +27,9 @@ NO_RECONSTRUCTOR = "    mae = None\n"
 
 SETTINGS = [
     "--scales=16+32", "--patch_size=8", "--hidden_size=32", "--intermediate_size=64", "--num_layers=1", "--num_heads=4",
-    "--num_multi_token_pred=3", "--n_frames=4", "--device=cpu", "--n_workers=0", "--batch_size=2", "--val_clips=3",
-    "--init_from=scratch", "--initializer_range=0.2", "--group_size=6", "--split=mean", "--ratio=0.3", "--val_ratio=0.3",
+    "--num_multi_token_pred=3", "--n_frames=4", "--device=cpu", "--n_workers=0",
+    "--batch_size=2", "--val_clips=3", "--init_from=scratch", "--initializer_range=0.2", "--group_size=6",
+    "--split=mean", "--ratio=0.3", "--val_ratio=0.3",
     "--recon_sample_rate=0.5", "--optimizer=adam", "--lr=0.05", "--lr_schedule=constant", "--steps=2", "--log_every=1",
     "--val_every=1"]
 

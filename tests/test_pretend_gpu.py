@@ -1,0 +1,71 @@
+"""Every stage on a GPU that is pretended: tensors of two devices never meet, and the pretence itself is right."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pretend_gpu import MixedDevices, PaperGPU
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("mix", [
+    lambda gpu, cpu: gpu + cpu, lambda gpu, cpu: torch.cat([gpu, cpu]), lambda gpu, cpu: gpu.mul_(cpu),
+    lambda gpu, cpu: torch.nn.Linear(3, 3).to("cuda")(cpu), lambda gpu, cpu: gpu.numpy(),
+    lambda gpu, cpu: gpu.__setitem__(0, cpu), lambda gpu, cpu: gpu.gather(0, cpu.long()),
+    lambda gpu, cpu: torch.rand(3, device="cuda", generator=torch.Generator())])
+def test_what_a_gpu_refuses(mix):
+    with pytest.raises(MixedDevices, match="test_pretend_gpu.py"), PaperGPU():
+        mix(torch.ones(3, device="cuda"), torch.ones(3))
+
+
+def test_what_a_gpu_takes():
+    with PaperGPU() as gpu:
+        x = torch.ones(3).to("cuda")
+        y = (x * torch.tensor(2.0))[torch.tensor([0, 1])]  # numbers and indices may come from the CPU
+        module = torch.nn.Linear(2, 2).to("cuda")
+        module(y).sum().backward()
+        assert y.device.type == module.weight.grad.device.type == "cuda" and y.is_cuda
+        assert x.cpu().device.type == torch.ones(3).device.type == "cpu"
+        torch.empty(3).copy_(x)
+    assert gpu.n_calls > 5
+
+
+def test_waits_are_counted_by_line():
+    with PaperGPU() as gpu:
+        x = torch.ones(3, device="cuda")
+        for _ in range(4):
+            x.sum().item()
+        if x.max() > 0:
+            x.tolist()
+    assert gpu.waits.total() == 6 and gpu.waits.most_common(1)[0][1] == 4
+    assert "x.sum().item()" in gpu.waits.most_common(1)[0][0]
+
+
+SIZES = "--scales=16+32 --patch_size=8 --hidden_size=32 --intermediate_size=64"
+RUN = "--n_frames=4 --n_workers=0 --batch_size=4 --micro_batch=2 --val_clips=3 --steps=2 --log_every=1"
+STAGES = [
+    f"train_videomae.py {SIZES} {RUN} --max_num_frames=4 --num_hidden_layers=1 --num_attention_heads=2 "
+    "--decoder_hidden_size=32 --decoder_num_hidden_layers=1 --decoder_num_attention_heads=2 --root=TOY "
+    "--decoder_intermediate_size=64 --recon_frames=2 --out_dir=OUT/mae",
+    "label.py --root=TOY --videomae=OUT/mae --out=OUT/labels.json --n_frames=4 --ratio_min=0.1",
+    f"train_ntp.py {SIZES} {RUN} --root=TOY --labels=OUT/labels.json --videomae=OUT/mae --out_dir=OUT/ntp "
+    "--num_layers=1 --num_heads=2 --num_multi_token_pred=3 --mirror=true",
+    f"train_grpo.py {RUN} --root=TOY --videomae=OUT/mae --init_from=OUT/ntp --out_dir=OUT/grpo --group_size=3 "
+    "--recon_sample_rate=0.5",
+    "eval.py --root=TOY --videomae=OUT/mae --models=grpo=OUT/grpo --out_dir=OUT/eval --n_frames=4 --ratios=0.1",
+    "show.py --video=TOY/val/000000.mp4 --ckpt=OUT/grpo --videomae=OUT/mae --out=OUT/show",
+]
+
+
+def test_stages_never_mix_devices(toy, tmp_path):
+    """One after the other in one process, each with what the ones before it have made."""
+    words = []
+    for stage in STAGES:
+        words += [*stage.replace("TOY", str(toy)).replace("OUT", str(tmp_path)).split(), "--device=cuda", "--"]
+    done = subprocess.run([sys.executable, "tests/pretend_gpu.py", *words], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("on paper: ") == len(STAGES)
