@@ -1,0 +1,92 @@
+"""Weight files: what is wrong in them is named before it costs memory, and what is written can be read by others."""
+import json
+import os
+import stat
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import tiny_gaze, tiny_mae
+from safetensors.torch import load_file, save_file
+
+from lib import weights
+from model import GazeConfig
+from videomae import VideoMAE, VideoMAEConfig
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, mae, value, suffix):
+    state = {name: t.clone() for name, t in mae.state_dict().items()}
+    state["decoder.decoder_pred.weight"][3, 4] = value
+    file = tmp_path / f"videomae{suffix}"
+    (torch.save if suffix == ".pt" else save_file)(state, file)
+    with pytest.raises(ValueError, match=f"videomae{suffix}.*decoder.decoder_pred.weight holds NaN or infinity"):
+        VideoMAE.from_pretrained(file, mae.config)
+
+
+def test_shapes_are_compared_before_memory_is_taken():
+    tensors = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"weight is \(3, 2\), the config needs \(10000000, 10000000\)"):
+        weights.load_module(lambda: nn.Linear(10 ** 7, 10 ** 7), tensors, "file and config")  # 400 TB
+
+
+def test_load_module():
+    tensors = {"weight": torch.randn(3, 2, dtype=torch.float64), "bias": torch.randn(3)}
+    module = weights.load_module(lambda: nn.Linear(2, 3), tensors, "file")
+    assert torch.equal(module.weight, tensors["weight"].float())
+    assert module.bias.data_ptr() == tensors["bias"].data_ptr(), "not copied"
+
+
+def test_saved_weights_have_the_mode_of_the_config(tmp_path):
+    before = os.umask(0o027)
+    try:
+        tiny_mae().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    for name in ("config.json", "model.safetensors"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
+
+
+def config_of(folder, change):
+    """config.json of a gaze model with one change."""
+    tiny_gaze().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("change, key", [
+    (lambda c: c.update(gaze_model_config=[1]), "gaze_model_config"),
+    (lambda c: c["gaze_model_config"].update(gaze_decoder_config="x"), "gaze_decoder_config"),
+    (lambda c: c["gaze_model_config"]["gaze_decoder_config"].update(hidden_size="wide"), "hidden_size='wide'"),
+    (lambda c: c["gaze_model_config"]["gaze_decoder_config"].update(rope_scaling=8), "rope_scaling"),
+    (lambda c: c["gaze_model_config"]["gaze_decoder_config"].update(num_hidden_layers=None), "num_layers=None"),
+    (lambda c: c["gaze_model_config"]["gaze_decoder_config"].pop("rms_norm_eps"), "'rms_norm_eps' is missing"),
+    (lambda c: c.update(gazing_ratio_config=0.1), "gazing_ratio_config=0.1"),
+    (lambda c: c.update(scales="big"), "scales='big'")])
+def test_nonsense_in_a_config_is_named_with_file_and_key(tmp_path, change, key):
+    with pytest.raises(ValueError, match=f"config.json: .*{key}"):
+        weights.load_gaze(config_of(tmp_path, change), GazeConfig)
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"hidden_size": "wide"}', "hidden_size='wide'"), ('{"patch_size": 0}', "patch_size=0"), ("[]", "expected an obj"),
+    ('{"scales": 5}', "scales=5"), ('{"layer_norm_eps": null}', "layer_norm_eps=None"), ("{", "not valid JSON")])
+def test_nonsense_in_a_reconstructor_config(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        VideoMAEConfig.from_file(tmp_path / "config.json")
+
+
+def test_saved_weights_are_whole_or_absent(tmp_path, monkeypatch, mae):
+    """A crash while writing leaves what was there."""
+    mae.save_pretrained(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    monkeypatch.setattr(weights.json, "dumps", lambda *a, **kw: 1 / 0)
+    other = tiny_mae(seed=1)
+    with pytest.raises(ZeroDivisionError):
+        other.save_pretrained(tmp_path)
+    after = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
