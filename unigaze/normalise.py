@@ -236,6 +236,38 @@ def arrow_on_crop(gaze, size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# resizing as the published readers do it
+
+def area_weights(n, m):
+    """(m, n) float32: OpenCV's INTER_AREA from n pixels to m along one axis. Each new pixel is the mean of those it
+    covers; when enlarging, a blend of the two it lies between."""
+    scale = 1 / (m / n)
+    start = np.arange(m)[:, None] * scale                                      # of each new pixel, in old ones
+    old = np.arange(n)[None]
+    if m <= n:
+        covered = np.minimum(start + scale, old + 1) - np.maximum(start, old)  # (m, n) overlap
+        covered = np.where(covered > 1e-3, covered.clip(0, 1), 0)
+        return (covered / np.minimum(scale, n - start)).astype(np.float32)
+    left = np.floor(start)
+    blend = (np.arange(1, m + 1)[:, None] - (left + 1) / scale).astype(np.float32)
+    blend = np.where(blend <= 0, 0, blend - np.floor(blend)).astype(np.float32)
+    right = np.minimum(left + 1, n - 1)
+    return ((old == left) * (1 - blend) + (old == right) * blend).astype(np.float32)
+
+
+def resize(image, size):
+    """(H, W, 3) uint8 -> (size, size, 3) uint8 as the published readers do: float32 means, then truncated, not rounded.
+    A crop that has the size already stays as it is; size None: every crop."""
+    if size is None or image.shape[:2] == (size, size):
+        return image
+    rows = area_weights(image.shape[0], size)
+    columns = area_weights(image.shape[1], size)
+    small = np.einsum("hwc,xw->hxc", image.astype(np.float32), columns)        # OpenCV's order: truncation shows it
+    small = np.einsum("yh,hxc->yxc", rows, small)
+    return small.clip(0, 255).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # annotations of the raw sets, a row each; lengths in mm, all in the camera of the picture
 
 def read_xgaze(line):
