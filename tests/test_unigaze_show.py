@@ -228,7 +228,7 @@ def test_sources_that_cannot_be_read_are_named(ckpt, known_faces, tmp_path):
         run(ckpt, tmp_path / "out", video=ckpt)
 
 
-@pytest.mark.skipif("GAZE_ONNX" not in os.environ, reason="GAZE_ONNX=1: half a minute, needs onnx, onnxscript, onnxruntime")
+@pytest.mark.skipif("GAZE_ONNX" not in os.environ, reason="GAZE_ONNX=1: slow, needs onnxscript, onnxruntime")
 def test_an_exported_model_gives_the_angles_of_torch(ckpt, tmp_path, capsys):
     show.export_onnx(show.load(ckpt), str(tmp_path / "gaze.onnx"))
     assert "largest difference to torch" in capsys.readouterr().out
