@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from argaze.data import LABEL_MAPS, GazeClips, collate, heatmaps
 from argaze.eval import Metrics
-from argaze.model import DINOV3_S, ARGaze, ARGazeConfig, blocks, resize, soft_argmax
+from argaze.model import DINOV3_S, ARGaze, ARGazeConfig, blocks, expected_point, resize, to_probability
 from lib import configurator, run, video_out
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
@@ -48,7 +48,7 @@ class Config:
     n_workers: int = 8                 # decoding processes (published); 0: decode in the training process
     # model: published sizes
     variant: Literal["template", "twocross"] = "template"  # the paper's | the authors' later one
-    encoder: str = DINOV3_S            # folder or hub id of a ViT (DINOv3 is gated); random:width=64,layers=4: fresh
+    encoder: str = DINOV3_S            # folder or hub id of a ViT (DINOv3 is gated); "random:64x4x4x128": fresh
     image_size: int = 224              # pixels
     patch_size: int = 16               # of the encoder
     decoder_layers: int = 3
@@ -128,7 +128,7 @@ def reverse_kl(logits, target):
     logits (B, T, h, w), P = softmax(logits / 2); target (B, T, h', w') of any scale. The divergence is divided by its
     largest possible value log(h·w), the entropy is in nats. A prediction may sit on one of two peaks, not between them.
     """
-    P = (logits / 2).flatten(2).softmax(-1)                              # (B, T, h·w)
+    P = to_probability(logits, 2).flatten(2)                             # (B, T, h·w)
     Q = resize(target, logits.shape[-2:]).flatten(2)
     Q = Q / Q.sum(-1, keepdim=True)
 
@@ -143,7 +143,7 @@ def coordinate_loss(logits, points, counted, n_counted):
 
     Sum over the counted frames (B, T) divided by n_counted, which the caller counts over the whole batch.
     """
-    distance = F.smooth_l1_loss(soft_argmax(logits, 0.5), points, reduction="none").sum(-1)
+    distance = F.smooth_l1_loss(expected_point(to_probability(logits, 0.5)), points, reduction="none").sum(-1)
     return (distance * counted).sum() / n_counted
 
 

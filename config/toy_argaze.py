@@ -6,7 +6,7 @@ cache = True
 n_workers = 0
 label_size = 16
 label_sigma = 1.0
-encoder = "random:width=48,layers=2,heads=4,mlp=96"
+encoder = "random:48x2x4x96"
 train_encoder = True
 image_size = 32
 patch_size = 8

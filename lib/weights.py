@@ -21,20 +21,23 @@ NEW_NAMES = (("vit.layers.", "vit.encoder.layer."), ("decoder.decoder_encoder.la
 LICENCES = {"nvidia/AutoGaze": "NVIDIA licence, non-commercial research only",
             "bfshi/VideoMAE_AutoGaze": "NVIDIA licence, non-commercial research only",
             "facebook/vit-mae-large": "Apache-2.0", "facebook/dinov2-with-registers-base": "Apache-2.0",
-            "google/siglip2-base-patch16-224": "Apache-2.0"}
+            "google/siglip2-base-patch16-224": "Apache-2.0",
+            "facebook/dinov3-vits16-pretrain-lvd1689m": "DINOv3 licence; gated, accept it on its page and set HF_TOKEN"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # files
 
 
-def read_tensors(file):
-    """{name: tensor} of a state-dict file. The file is mapped, not read: memory holds what gets used, once. ValueError:
-    it is cut off or something else."""
+def read_tensors(file, part=None):
+    """{name: tensor} of a state-dict file. The file is mapped, not read: memory holds what gets used, once. part: the
+    entry that holds them where the file is a whole training checkpoint. ValueError: it is cut off or something else."""
     from safetensors.torch import load_file
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # old: no zip
+        if isinstance(tensors, dict) and part in tensors:
+            tensors = tensors[part]
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             raise TypeError("it holds no dict of tensors, as a module's state_dict() is")
         return tensors

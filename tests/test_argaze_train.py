@@ -119,7 +119,7 @@ def test_own_predictions_become_more_frequent_and_depend_on_seed_and_step_only()
 # ----------------------------------------------------------------------------------------------------------------------
 # runs
 
-ARGS = ["--encoder=random:width=16,layers=2,heads=2,mlp=32", "--train_encoder=true", "--scene_layers=-2,-1",
+ARGS = ["--encoder=random:16x2x2x32", "--train_encoder=true", "--scene_layers=-2,-1",
         "--image_size=32", "--patch_size=16", "--decoder_layers=1", "--decoder_heads=2", "--decoder_ffn=32",
         "--head_widths=8+8", "--heatmap_size=8", "--label_size=8", "--label_sigma=1.0", "--history=2", "--n_frames=4",
         "--stride=1", "--n_workers=0", "--device=cpu", "--batch_size=4", "--micro_batch=2", "--steps=4", "--lr=1e-3",
