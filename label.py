@@ -87,21 +87,24 @@ class Past:
         for i, block in enumerate(self.blocks):
             q, k, v = block.qkv(x)
             new.append((k, v))
-            if self.kv:  # the past is shared by all alternatives
-                past_k, past_v = (past.expand(len(x), -1, -1, -1) for past in self.kv[i])
-                k = torch.cat([past_k, k], dim=2)
-                v = torch.cat([past_v, v], dim=2)
+            if self.kv:
+                k, v = self.with_past(i, k, v)
             x = block.finish(x, F.scaled_dot_product_attention(q, k, v))
         return x, new
+
+    def with_past(self, i, k, v):
+        """Keys and values (C, H, L, d) behind those of block i's past, which all alternatives share."""
+        past_k, past_v = self.kv[i]
+        past_k = past_k.expand(len(k), -1, -1, -1)
+        past_v = past_v.expand(len(v), -1, -1, -1)
+        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
     def append(self, x):
         """Make x (1, L, D) part of the past; returns its output."""
         out, new = self.run(x)
-        if self.kv is None:
-            self.kv = new
-        else:
-            self.kv = [(torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2))
-                       for (past_k, past_v), (k, v) in zip(self.kv, new, strict=True)]
+        if self.kv:
+            new = [self.with_past(i, k, v) for i, (k, v) in enumerate(new)]
+        self.kv = new
         return out
 
 
@@ -116,8 +119,9 @@ def greedy(mae, video, budgets, max_candidates=512):
     V, P = mae.config.num_ids, mae.config.ids_per_scale[-1]
     embeddings, d = mae.vit.embeddings, mae.decoder
     T = len(video)
-    patches = embeddings.patches(video[None])[0]
-    tokens = embeddings(patches, torch.arange(T * V, device=video.device)).view(T, V, -1)
+    positions = torch.arange(T * V, device=video.device)
+    tokens = embeddings(embeddings.patches(video[None])[0], positions)
+    tokens = tokens.view(T, V, -1)
     grid = d.grid_positions()  # (V, D')
 
     encoder = Past(mae.vit.encoder.layer, embeddings.cls())
@@ -134,11 +138,13 @@ def greedy(mae, video, budgets, max_candidates=512):
             # the loss with each candidate
             tried = []
             for part in ids.split(max_candidates):
-                h = mae.vit.layernorm(encoder.run(tokens[t][part])[0])
-                h = d.decoder_embed(h) + grid[part] + d.time_embed[t]
-                x = empty.expand(len(part), -1, -1).scatter(1, part.unsqueeze(-1).expand_as(h), h)
-                finest = decoder.run(x)[0][:, V - P:]
-                tried.append(mae.loss(d.pixels(finest), target))
+                h, _ = encoder.run(tokens[t][part])
+                h = d.decoder_embed(mae.vit.layernorm(h)) + grid[part] + d.time_embed[t]
+                place = part.unsqueeze(-1).expand_as(h)
+                x = empty.expand(len(part), -1, -1).scatter(1, place, h)
+                x, _ = decoder.run(x)
+                picture = d.pixels(x[:, V - P:])
+                tried.append(mae.loss(picture, target))
             tried = torch.cat(tried)
 
             best = int(tried.argmin())
@@ -173,8 +179,11 @@ def label_clip(mae, cfg, data, i):
     budgets = clip_budgets(cfg, video_key(path), V)
     ids, losses = greedy(mae, video, budgets, cfg.max_candidates)
 
-    gazing_pos = [[patch_id + V * t for patch_id in frame] for t, frame in enumerate(ids)]
-    task_losses = [[round(loss, 6) for loss in frame] for frame in losses]
+    gazing_pos = []
+    task_losses = []
+    for t in range(cfg.n_frames):
+        gazing_pos.append([patch_id + V * t for patch_id in ids[t]])
+        task_losses.append([round(loss, 6) for loss in losses[t]])
     return {"key": video_key(path), "gazing_pos": gazing_pos, "task_losses": task_losses}
 
 
@@ -210,7 +219,8 @@ def main():
     c = mae.config
 
     # ---- what earlier runs have done
-    out = Path(cfg.out or Path(cfg.root.split(",")[0]) / "gazing_labels.json")
+    first_root = cfg.root.split(",")[0]
+    out = Path(cfg.out or f"{first_root}/gazing_labels.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = settings_of(cfg, mae)
     done = read_parts(out, settings)
@@ -244,7 +254,8 @@ def main():
                 continue
             part.write(json.dumps(label) + "\n")
             part.flush()
-            n_candidates += sum(c.num_ids - j for losses in label["task_losses"] for j in range(len(losses)))
+            for losses in label["task_losses"]:
+                n_candidates += len(losses) * c.num_ids - len(losses) * (len(losses) - 1) // 2
     seconds = time.time() - t0
 
     # ---- one file of all processes' labels

@@ -109,7 +109,8 @@ class GazeSigLIP(nn.Module):
         x = self.embed(pixels.flatten(0, 1), clip * T + frame, patch_id)    # (M, D)
 
         # real slots of each clip's frames; clips that agree in these go through attention together, as rows
-        counts = torch.bincount(clip * T + frame, minlength=B * T).view(B, T).tolist()
+        counts = torch.bincount(clip * T + frame, minlength=B * T)
+        counts = counts.view(B, T).tolist()
         rows = 1
         if all(row == counts[0] for row in counts):
             rows = B
@@ -124,14 +125,15 @@ class GazeSigLIP(nn.Module):
         for layer in self.network.encoder.layers:
             attention = layer.self_attn
             y = layer.layer_norm1(x)
-            q, k, v = (rearrange(project(y), "(r m) (h d) -> r h m d", r=rows, h=attention.num_heads)
-                       for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+            projected = [attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)]
+            q, k, v = (rearrange(z, "(r m) (h d) -> r h m d", r=rows, h=attention.num_heads) for z in projected)
             y = self.attend(q, k, v, sequences)
             x = x + attention.out_proj(rearrange(y, "r h m d -> (r m) (h d)"))
             x = x + layer.mlp(layer.layer_norm2(x))
 
         x = self.network.post_layernorm(x)
-        return x.new_zeros(B, gazing["gazing_pos"].shape[1], x.shape[1]).index_put((clip, slot), x)
+        features = x.new_zeros(*gazing["gazing_pos"].shape, x.shape[1])
+        return features.index_put((clip, slot), x)
 
     def real_slots(self, gazing):
         """(M,) clip, slot, frame and id within the frame of the slots that are not padded, clip by clip."""
@@ -167,9 +169,12 @@ class GazeSigLIP(nn.Module):
             x = x.unfold(2, p, p).unfold(3, p, p)                           # (B·T, 3, h, w, p, p), a view
 
             # the gazed patches of this scale
-            index = ((patch_id >= first_id) & (patch_id < first_id + n_ids)).nonzero().flatten()
+            is_here = (patch_id >= first_id) & (patch_id < first_id + n_ids)
+            index = is_here.nonzero().flatten()
             cell = patch_id[index] - first_id
-            patches[index] = x[frame[index], :, cell // grid[1], cell % grid[1]].flatten(1)
+            row = cell // grid[1]
+            column = cell % grid[1]
+            patches[index] = x[frame[index], :, row, column].flatten(1)
 
             position = table
             if grid != (side, side):
@@ -185,11 +190,11 @@ class GazeSigLIP(nn.Module):
         out = [q[:, :, :0]]  # something to join, if no clip has a real slot
         start = 0
         for ends in sequences:
-            end = start + ends[-1]
-            part = q[:, :, start:end], k[:, :, start:end], v[:, :, start:end]
-            start = end
             if ends[-1] == 0:  # nothing gazed
                 continue
+            end = start + ends[-1]
+            part = [x[:, :, start:end] for x in (q, k, v)]
+            start = end
 
             if self.attention == "causal":
                 out.append(causal_attention(*part))
@@ -201,6 +206,7 @@ class GazeSigLIP(nn.Module):
 
     def pool(self, features, gazing):
         """features (B, N, D) of forward -> (B, D), SigLIP's attention pooling over the real slots of each clip."""
-        real = ~gazing["if_padded_gazing"]
-        pooled = [self.network.head(f[r].unsqueeze(0)) for f, r in zip(features, real, strict=True)]
+        pooled = []
+        for clip, padded in zip(features, gazing["if_padded_gazing"], strict=True):
+            pooled.append(self.network.head(clip[~padded].unsqueeze(0)))
         return torch.cat(pooled)

@@ -82,7 +82,10 @@ class VideoMAEConfig(Grids):
     def from_file(cls, path):
         """Read a config.json. Keys of Hugging Face's that are not ours are ignored."""
         names = [field.name for field in fields(cls)]
-        return read_config(path, lambda settings: cls(**{n: settings[n] for n in names if n in settings}))
+
+        def build(settings):
+            return cls(**{name: settings[name] for name in names if name in settings})
+        return read_config(path, build)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -97,7 +100,11 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.layernorm_before = nn.LayerNorm(dim, eps=eps)
         self.attention = nn.ModuleDict({
-            "attention": nn.ModuleDict({"query": Linear(dim, dim), "key": Linear(dim, dim), "value": Linear(dim, dim)}),
+            "attention": nn.ModuleDict({
+                "query": Linear(dim, dim),
+                "key": Linear(dim, dim),
+                "value": Linear(dim, dim),
+            }),
             "output": nn.ModuleDict({"dense": Linear(dim, dim)}),
         })
         self.layernorm_after = nn.LayerNorm(dim, eps=eps)
@@ -134,7 +141,8 @@ def sincos_positions(dim, side):
     for place in (column, row):
         angle = place.reshape(-1, 1) * frequency
         halves += [angle.sin(), angle.cos()]
-    return torch.cat([torch.zeros(1, dim), torch.cat(halves, dim=1).float()])
+    table = torch.cat(halves, dim=1).float()
+    return torch.cat([torch.zeros(1, dim), table])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,14 +160,17 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Parameter(positions, requires_grad=False)
         self.scale_embed = nn.Parameter(torch.zeros(len(c.scale_list), d))
         self.time_embed = nn.Parameter(torch.zeros(c.max_num_frames, d))
-        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(c.num_channels, d, c.patch_size, c.patch_size)})
+        projection = nn.Conv2d(c.num_channels, d, kernel_size=c.patch_size, stride=c.patch_size)
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})
 
     def forward(self, patches, positions):
         """patches (…, 3·p·p) and their ids + V·t (…) -> tokens (…, D): only what is gazed gets embedded."""
         V = self.c.num_ids
         conv = self.patch_embeddings.projection
         x = linear(patches, conv.weight.flatten(1), conv.bias)
-        return x + self.grid_positions()[positions % V] + self.time_embed[positions // V]
+        place = self.grid_positions()[positions % V]
+        time = self.time_embed[positions // V]
+        return x + place + time
 
     def cls(self):  # (1, 1, D)
         return self.cls_token + self.position_embeddings[:, :1]
@@ -331,8 +342,8 @@ class VideoMAE(nn.Module):
         """
         reconstruction = self.reconstruct(video, gazing, frames)
         copies = reconstruction.unflatten(0, (-1, len(video)))         # (G, B, F, 3, R, R)
-        target = self.loss.target(video[:, frames].to(self.decoder.mask_token.dtype))
-        loss = self.loss(copies, target)                               # (G, B, F)
+        true = video[:, frames].to(self.decoder.mask_token.dtype)
+        loss = self.loss(copies, self.loss.target(true))               # (G, B, F)
         return reconstruction, loss.flatten(0, 1)
 
     def reconstruct(self, video, gazing, frames):
@@ -358,7 +369,8 @@ class VideoMAE(nn.Module):
         rows, B = len(padded), len(video)
         clip = torch.arange(rows, device=positions.device).unsqueeze(1) % B     # (rows, 1)
         patches = embeddings.patches(video[:, :n_frames])[clip, positions]      # (rows, N, 3·p·p)
-        x = torch.cat([embeddings.cls().expand(rows, -1, -1), embeddings(patches, positions)], dim=1)
+        cls = embeddings.cls().expand(rows, -1, -1)
+        x = torch.cat([cls, embeddings(patches, positions)], dim=1)             # (rows, 1 + N, D)
 
         keep = F.pad(~padded, (1, 0), value=True) if padded.any() else None
         ends = list(accumulate([1, *counts]))
@@ -372,34 +384,44 @@ class VideoMAE(nn.Module):
         reconstruct get all V tokens, other frames only their gazed ones."""
         decoder = self.decoder
         V, P = self.config.num_ids, self.config.ids_per_scale[-1]
-        rows, device = len(encoded), encoded.device
+        rows = len(encoded)
+        device = encoded.device
+        all_ids = torch.arange(V, device=device).expand(rows, V)
 
         # 1. where every frame's tokens lie, which patches they stand for, and where each slot's token goes
         starts, patch_id, visible, slot_place = [0], [], [], []
-        for t, (slots, pad) in enumerate(zip(positions.split(counts, 1), padded.split(counts, 1), strict=True)):
+        slots_of_frame = positions.split(counts, dim=1)
+        padded_of_frame = padded.split(counts, dim=1)
+        for t, n_slots in enumerate(counts):
             start = starts[t]
-            slots = (slots - V * t).masked_fill(pad, 0)
+            pad = padded_of_frame[t]
+            slots = (slots_of_frame[t] - V * t).masked_fill(pad, 0)             # patch ids within the frame
             if t in frames:
                 starts.append(start + V)
-                patch_id.append(torch.arange(V, device=device).expand(rows, V))
+                patch_id.append(all_ids)
                 visible.append(pad.new_ones(rows, V))
                 slot_place.append(start + slots)
             else:
-                starts.append(start + counts[t])
+                starts.append(start + n_slots)
                 patch_id.append(slots)
                 visible.append(~pad)
-                slot_place.append(torch.arange(start, start + counts[t], device=device).expand(rows, -1))
-
+                places = torch.arange(start, start + n_slots, device=device)
+                slot_place.append(places.expand(rows, n_slots))
         n_tokens = starts[-1]
-        patch_id = torch.cat(patch_id, dim=1)                                   # (rows, n_tokens)
-        slot_place = torch.cat(slot_place, dim=1).masked_fill(padded, n_tokens)  # (rows, N)
-        frame = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(starts).diff()).to(device)
 
         # 2. fill: mask tokens everywhere, then the gazed ones; padded slots go to a last column, which is cut off
         gazed = decoder.decoder_embed(encoded[:, 1:])                           # (rows, N, D)
+        place = torch.cat(slot_place, dim=1).masked_fill(padded, n_tokens)      # (rows, N)
+        place = place.unsqueeze(-1).expand_as(gazed)
         x = decoder.mask_token.expand(rows, n_tokens + 1, -1)
-        x = x.scatter(1, slot_place.unsqueeze(-1).expand_as(gazed), gazed.to(x.dtype))[:, :n_tokens]
-        x = x + F.embedding(patch_id, decoder.grid_positions()) + decoder.time_embed[frame]
+        x = x.scatter(1, place, gazed.to(x.dtype))                              # autocast halves gazed
+        x = x[:, :n_tokens]
+
+        # say which patch and which frame; CLS in front
+        sizes = torch.tensor(starts).diff()
+        frame = torch.repeat_interleave(torch.arange(len(counts)), sizes).to(device)
+        x = x + F.embedding(torch.cat(patch_id, dim=1), decoder.grid_positions())
+        x = x + decoder.time_embed[frame]
         x = torch.cat([decoder.cls(encoded[:, :1]), x], dim=1)                  # (rows, 1 + n_tokens, D)
 
         # 3. transformer; the finest tokens, a frame's last ones, are its picture
@@ -460,10 +482,11 @@ class ReconstructionLoss(nn.Module):
         loss = 0.0
         for term, weight in zip(self.terms, self.weights, strict=True):
             if term == "l1":
-                value = (reconstruction - target[term]).abs().mean(dim=(-3, -2, -1))
+                difference = reconstruction - target[term]
+                value = difference.abs().mean(dim=(-3, -2, -1))
             else:
-                features = self.features(term, reconstruction)
-                value = (features - target[term]).square().mean(dim=(-2, -1))
+                difference = self.features(term, reconstruction) - target[term]
+                value = difference.square().mean(dim=(-2, -1))
             loss = loss + weight * value
         return loss
 
