@@ -1,7 +1,7 @@
 """Which way of choosing patches reconstructs held-out videos best, at equal budgets?
 
     python eval.py --root=data/mine --videomae=out/videomae --models=ntp=out/ntp,grpo=out/grpo
-    python eval.py … --codec=true --target_loss=0.7 --requirements=auto
+    python eval.py … --codec=true --target_loss=0.7 --requirements=0.6,0.7,0.8
 
 Compares, at the same number of patches in every frame: random patches; uniform (coarse to fine, evenly spread); frame
 difference (first frame coarse to fine, later frames where pixels changed most); codec (the same with the file's motion
@@ -78,7 +78,7 @@ class Config:
                                        # max_clips: its loss is then of other clips
     codec: bool = False                # include the files' motion vectors as a method (decodes every clip once more)
     target_loss: float | None = None   # report the ratio at which each method reaches this loss (published loss: 0.7)
-    requirements: str = ""             # let models stop at these predicted losses: "0.6,0.7", or "auto": five quantiles
+    requirements: str = ""             # let models stop at these predicted losses, such as "0.6,0.7"; empty: don't
     batch_size: int = 16               # clips at once
     seed: int = 666                    # of the random baseline
     device: str = "auto"               # auto | cpu | cuda
@@ -89,14 +89,15 @@ class Config:
         configurator.check_share(self, "ratios")
         parse_alpha(self.alpha, self.n_frames)
 
-        names = [entry.partition("=")[0] for entry in self.models.split(",") if entry]
-        complete = all(re.fullmatch("[^=]+=.+", entry) for entry in self.models.split(",") if entry)
-        if not complete or len(set(names)) < len(names) or set(names) & {*UNTRAINED, "greedy"}:
+        entries = [entry for entry in self.models.split(",") if entry]
+        names = [entry.partition("=")[0] for entry in entries]
+        are_complete = all(re.fullmatch("[^=]+=.+", entry) for entry in entries)
+        are_distinct = len({*names, *UNTRAINED, "greedy"}) == len(names) + len(UNTRAINED) + 1
+        if not are_complete or not are_distinct:
             raise ValueError(f"models={self.models}: write name=folder,name=folder; every name once, none of "
                              f"{', '.join(UNTRAINED)}, greedy")
-
-        if self.requirements and not re.fullmatch(r"auto|[0-9.]+(,[0-9.]+)*", self.requirements):
-            raise ValueError(f"requirements={self.requirements}: write it like 0.6,0.7 or auto")
+        if self.requirements and not re.fullmatch(r"[0-9.]+(,[0-9.]+)*", self.requirements):
+            raise ValueError(f"requirements={self.requirements}: write it like 0.6,0.7")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,19 +149,26 @@ def ranked_gazing(change, budgets, config):
     A patch counts by its mean times its share of what a fine patch resolves, so a coarse patch wins only where the
     change is spread out.
     """
-    sides = torch.tensor(config.scale_list).repeat_interleave(torch.tensor(config.ids_per_scale))
-    resolution = (sides / config.scale_list[-1]).to(change.device)
-    scores = per_patch(change, config) * resolution
-    fine_to_coarse = torch.tensor(uniform_order(config)[::-1], device=change.device)
+    device = change.device
+    sides = torch.tensor(config.scale_list)
+    per_scale = torch.tensor(config.ids_per_scale)
+    resolution = sides.repeat_interleave(per_scale) / config.scale_list[-1]
+    scores = per_patch(change, config) * resolution.to(device)
 
-    first = uniform_order(config)[:budgets[0]]
-    frames = [torch.tensor([first] * len(change))]
+    order = uniform_order(config)
+    first = torch.tensor([order[:budgets[0]]] * len(change))
+    frames = [first]
+    n_before = 0
     for t in range(1, len(budgets)):
         # where nothing changes, on through the finest scale, evenly spread
-        order = fine_to_coarse.roll(-sum(budgets[1:t]))
-        ranking = scores[:, t, order].argsort(dim=1, descending=True, stable=True)
-        frames.append(order[ranking[:, :budgets[t]]].cpu())
-    return from_lists(frames, config.num_ids, change.device)
+        ids = torch.tensor(order[::-1], device=device)
+        ids = ids.roll(-n_before)
+        n_before += budgets[t]
+
+        ranking = scores[:, t, ids].argsort(dim=1, descending=True, stable=True)
+        best = ids[ranking[:, :budgets[t]]]
+        frames.append(best.cpu())
+    return from_lists(frames, config.num_ids, device)
 
 
 def changes(video):
@@ -322,24 +330,29 @@ def measure(cfg, mae, models, items, ratio, device, n_greedy=0):
 def summarize(measures):
     """Tensors of all clips -> a row of numbers."""
     loss = measures["loss"]
-    row = {key: measures[key].mean().item() for key in ("loss", "psnr", "ssim")}
-    row["clips"] = len(loss)
-    row["per_frame"] = loss.mean(0).tolist()
+    motion = measures["motion"].sum((0, 1))  # (3,)
+    detail = measures["detail"].sum(0)       # (S, 3)
+    share = detail[:, 0] / detail[:, 0].sum()
 
-    motion = measures["motion"].sum((0, 1))
-    detail = measures["detail"].sum(0)  # (S, 3)
+    row = {"clips": len(loss)}
+    for key in ("loss", "psnr", "ssim"):
+        row[key] = measures[key].mean().item()
+    row["per_frame"] = loss.mean(0).tolist()
     row["motion"] = over_mean(*motion.tolist())
     row["detail_per_scale"] = [over_mean(*scale) for scale in detail.tolist()]
-    row["share_per_scale"] = (detail[:, 0] / detail[:, 0].sum()).tolist()
+    row["share_per_scale"] = share.tolist()
+    if "predicted" not in measures:
+        return row
 
-    if "predicted" in measures:
-        predicted = measures["predicted"]
-        covariance = ((predicted - predicted.mean()) * (loss - loss.mean())).mean()
-        correlation = covariance / (predicted.std() * loss.std() + 1e-12)
-        row["predicted"] = predicted.mean().item()
-        row["predicted_mae"] = (predicted - loss).abs().mean().item()
-        row["predicted_correlation"] = correlation.item()
-        row["scatter"] = torch.stack([predicted, loss], -1).flatten(0, 1)[:2000].tolist()
+    # how well a model knows its own loss
+    predicted = measures["predicted"]
+    covariance = ((predicted - predicted.mean()) * (loss - loss.mean())).mean()
+    correlation = covariance / (predicted.std() * loss.std() + 1e-12)
+    pairs = torch.stack([predicted, loss], -1).flatten(0, 1)
+    row["predicted"] = predicted.mean().item()
+    row["predicted_mae"] = (predicted - loss).abs().mean().item()
+    row["predicted_correlation"] = correlation.item()
+    row["scatter"] = pairs[:2000].tolist()
     return row
 
 
@@ -350,27 +363,22 @@ def stop_at(cfg, mae, gaze, items, requirement, device):
     ratio = []
     predicted = []
     measured = []
-    for _, video, _ in batches(cfg, items, mae.config, device, f"stops at {requirement:.4f}"):
+    for _, video, _ in batches(cfg, items, mae.config, device, f"stops at {requirement:g}"):
         gazing = gaze.generate(video, task_loss_requirement=requirement)
         n_gazes = (~gazing["if_padded_gazing"]).float().sum(1)
+        _, prediction = gaze(video, gazing)
+        _, loss = mae(video, gazing, range(cfg.n_frames))
         ratio.append(n_gazes.cpu() / (cfg.n_frames * gaze.config.num_ids))
-        predicted.append(gaze(video, gazing)[1].gather(1, last_slots(gazing)).cpu())
-        measured.append(mae(video, gazing, range(cfg.n_frames))[1].cpu())
+        predicted.append(prediction.gather(1, last_slots(gazing)).cpu())
+        measured.append(loss.cpu())
 
     measured = torch.cat(measured)
-    return {"requirement": requirement, "ratio": torch.cat(ratio).mean().item(),
-            "predicted": torch.cat(predicted).mean().item(), "measured": measured.mean().item(),
-            "share_met": (measured <= requirement).float().mean().item()}
-
-
-def stop_at_all(cfg, mae, gaze, items, scatter, device):
-    """A row per requirement. scatter: (predicted, measured) pairs, of which "auto" takes quantiles."""
-    if cfg.requirements == "auto":
-        predicted = torch.tensor([pair[0] for pair in scatter])
-        requirements = predicted.quantile(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])).tolist()
-    else:
-        requirements = sorted(float(text) for text in cfg.requirements.split(","))
-    return [stop_at(cfg, mae, gaze, items, requirement, device) for requirement in requirements]
+    row = {"requirement": requirement}
+    row["ratio"] = torch.cat(ratio).mean().item()
+    row["predicted"] = torch.cat(predicted).mean().item()
+    row["measured"] = measured.mean().item()
+    row["share_met"] = (measured <= requirement).float().mean().item()
+    return row
 
 
 def curve(results, name):
@@ -410,10 +418,15 @@ def gap_closed(table, name):
 def print_table(table):
     print(f"\n{'method':<12}{'loss':>8}{'gap closed':>12}{'predicted':>11}{'PSNR dB':>9}{'SSIM':>8}{'motion':>8}")
     for name, row in table.items():
-        gap = f"{row['gap_closed']:>10.0f} %" if "gap_closed" in row else f"{'-':>12}"
-        predicted = f"{row['predicted']:>11.4f}" if "predicted" in row else f"{'':>11}"
-        print(f"{name:<12}{row['loss']:>8.4f}{gap}{predicted}{row['psnr']:>9.2f}{row['ssim']:>8.3f}"
-              f"{row['motion']:>8.2f}")
+        gap = "-"
+        predicted = ""
+        if "gap_closed" in row:
+            gap = f"{row['gap_closed']:.0f} %"
+        if "predicted" in row:
+            predicted = f"{row['predicted']:.4f}"
+        line = f"{name:<12}{row['loss']:>8.4f}{gap:>12}{predicted:>11}"
+        line += f"{row['psnr']:>9.2f}{row['ssim']:>8.3f}{row['motion']:>8.2f}"
+        print(line)
 
 
 def print_columns(title, table):
@@ -451,11 +464,13 @@ def plot_predictions(table, names, path):
     """Predicted against measured loss, a panel per model."""
     fig, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.6), squeeze=False, layout="tight")
     for ax, name in zip(axes[0], names, strict=True):
-        predicted, measured = zip(*table[name]["scatter"], strict=True)
+        row = table[name]
+        predicted, measured = zip(*row["scatter"], strict=True)
         ax.scatter(predicted, measured, s=4, alpha=0.3)
         ax.axline((measured[0], measured[0]), slope=1, color="black", lw=0.8)
-        title = f"{name}: r = {table[name]['predicted_correlation']:.2f}"
-        ax.set(xlabel="predicted loss", ylabel="measured loss", title=title)
+        ax.set_xlabel("predicted loss")
+        ax.set_ylabel("measured loss")
+        ax.set_title(f"{name}: r = {row['predicted_correlation']:.2f}")
     save_figure(fig, path)
 
 
@@ -477,24 +492,6 @@ def plot_motion_and_detail(table, config, path):
     for ax in (left, right):
         ax.axhline(1, color="black", lw=0.8)
         ax.set_xticks(x, list(table), rotation=30, ha="right")
-    save_figure(fig, path)
-
-
-def plot_stops(stops, path):
-    """What stopping by the predicted loss gives: the loss that it keeps, the patches that it takes."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="tight")
-    for i, (name, rows) in enumerate(stops.items()):
-        x = [row["requirement"] for row in rows]
-        left.plot(x, [row["measured"] for row in rows], "o-", ms=4, color=f"C{i}")
-        left.plot(x, [row["predicted"] for row in rows], "o:", ms=4, color=f"C{i}")
-        right.plot(x, [row["ratio"] for row in rows], "o-", ms=4, color=f"C{i}", label=name)
-    left.axline((x[0], x[0]), slope=1, color="black", lw=0.8)
-    left.set(ylabel="mean loss of a frame", title="solid: measured, dotted: predicted, black: required")
-    right.set(ylabel="gazing ratio (share of all patches)", title="patches taken until the model stops")
-    right.legend(fontsize=8)
-    for ax in (left, right):
-        ax.set_xlabel("required loss")
-        ax.grid(alpha=0.3)
     save_figure(fig, path)
 
 
@@ -545,18 +542,24 @@ def save(out, result, t0):
 def write_report(cfg, table, result):
     """The headline numbers, and how long the stages before took: lines "stage seconds" of seconds.txt beside it."""
     path = Path(cfg.report)
+    path.parent.mkdir(parents=True, exist_ok=True)
     seconds = {}
     if (path.parent / "seconds.txt").is_file():
         for line in (path.parent / "seconds.txt").read_text().splitlines():
             stage, value = line.split()
             seconds[stage] = float(value)
-        print("\nseconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
-              + f"; {sum(seconds.values()):.0f} in all")
+        stages = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
+        print(f"\nseconds: {stages}; {sum(seconds.values()):.0f} in all")
 
-    report = {"loss": {name: row["loss"] for name, row in table.items()}, "ratio": table["random"]["ratio"],
-              "gap_closed": {name: row["gap_closed"] for name, row in table.items() if "gap_closed" in row},
-              "seconds": seconds, "seed": cfg.seed, "clips": result["clips"], "commit": result["commit"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"loss": {}, "ratio": table["random"]["ratio"], "gap_closed": {}}
+    for name, row in table.items():
+        report["loss"][name] = row["loss"]
+        if "gap_closed" in row:
+            report["gap_closed"][name] = row["gap_closed"]
+    report["seconds"] = seconds
+    report["seed"] = cfg.seed
+    report["clips"] = result["clips"]
+    report["commit"] = result["commit"]
     write_whole(path, json.dumps(report, indent=1) + "\n")
     print(f"report: {path}")
 
@@ -622,14 +625,15 @@ def main():
 
     # models that stop by themselves
     if cfg.requirements and models:
+        requirements = sorted(float(text) for text in cfg.requirements.split(","))
         result["stops"] = {}
         for name, gaze in models.items():
-            scatter = sum((table[name]["scatter"] for table in results.values()), [])
-            rows = stop_at_all(cfg, mae, gaze, items, scatter, device)
+            rows = []
+            for requirement in requirements:
+                rows.append(stop_at(cfg, mae, gaze, items, requirement, device))
             result["stops"][name] = rows
             print_columns(f"{name} stops", {f"{i + 1}.": row for i, row in enumerate(rows)})
             save(out, result, t0)
-        plot_stops(result["stops"], out / "stopping.png")
 
     save(out, result | {"finished": True}, t0)
     print(f"\npictures and eval.json are in {out}")

@@ -183,7 +183,7 @@ def trained(tmp_path_factory):
 def test_every_option(trained, toy):
     (trained / "seconds.txt").write_text("data 3\nvideomae 61.5\n")
     args = ["--videomae=mae", "--models=a=a", f"--root={toy}", "--out_dir=out", "--n_frames=2", "--alpha=1",
-            "--ratios=0.3,1", "--batch_size=2", "--greedy_clips=0", "--codec=true", "--requirements=auto",
+            "--ratios=0.3,1", "--batch_size=2", "--greedy_clips=0", "--codec=true", "--requirements=0.5,1,1.5,2,2.5",
             "--target_loss=0.9", "--report=report.json", "--device=cpu"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, ROOT / "eval.py", *args], cwd=trained, env=env, capture_output=True,
@@ -206,8 +206,8 @@ def test_every_option(trained, toy):
         assert len(rows) == 5 and all(0 <= r["share_met"] <= 1 for r in rows)
         ratios = [r["ratio"] for r in rows]
         assert ratios == sorted(ratios, reverse=True) and ratios[0] > ratios[-1] >= 1 / 20
-    names = {p.name for p in (trained / "out").glob("*.png")}
-    assert {"loss_against_ratio.png", "motion_and_detail.png", "stopping.png", "gaze_codec.png"} <= names
+    names = {p.stem for p in (trained / "out").glob("*.png")}
+    assert {"loss_against_ratio", "motion_and_detail", "predicted_against_measured", "gaze_codec", "gaze_a"} <= names
 
     report = json.loads((trained / "report.json").read_text())
     assert list(report) == ["loss", "ratio", "gap_closed", "seconds", "seed", "clips", "commit"]
