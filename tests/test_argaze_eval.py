@@ -85,7 +85,7 @@ def test_a_perfect_prediction_is_near_the_best_scores(tensors):
 def report(tmp_path_factory):
     """What python -m argaze.eval leaves for an untrained model and all baselines, and its folder."""
     root = tmp_path_factory.mktemp("argaze_eval")
-    make_data.make(make_data.Config(out=str(root / "toy"), n_train=12, n_val=6, n_workers=0))
+    make_data.make(make_data.Config(out=str(root / "toy"), n_train=12, n_val=6, n_workers=1))
     torch.manual_seed(0)
     sizes = dict(image_size=32, patch_size=8, decoder_layers=1, decoder_heads=2, decoder_ffn=32, head_widths="8+8")
     ARGaze(ARGazeConfig(encoder="random:width=16,layers=3,heads=2,mlp=32", heatmap_size=16, **sizes)).save_pretrained(
