@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -58,7 +59,6 @@ class Config:
     stride: int = 8               # source frames per clip frame (published)
     max_clips: int = 1000000      # most clips of a split
     field_of_view: float = 60.0   # degrees, of the camera that the angular error is told for (published)
-    baselines: bool = True        # measure them too
     mean_clips: int = 256         # training clips for the baseline "mean"
     worst: int = 8                # clips on the page of the worst
     batch_size: int = 8           # clips at once
@@ -90,13 +90,29 @@ def resize(maps, size):
     return F.interpolate(maps.unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)
 
 
+def last_cell(maps):
+    """(2,) x, y of the last cell."""
+    h, w = maps.shape[1:]
+    return torch.tensor([w - 1, h - 1], device=maps.device)
+
+
+def most_likely(maps):
+    """(N, h, w) -> (N, 2): the cell with the largest value, its x and y in [0, 1]."""
+    w = maps.shape[2]
+    index = maps.flatten(1).argmax(1)
+    cell = torch.stack([index % w, index // w], dim=1)
+    return cell / last_cell(maps)
+
+
 def center_of_mass(maps):
     """(N, h, w) -> (N, 2): x, y in cells, counted from 0."""
     h, w = maps.shape[1:]
+    columns = torch.arange(w, device=maps.device)
+    rows = torch.arange(h, device=maps.device)
+    x = (maps.sum(1) * columns).sum(1)
+    y = (maps.sum(2) * rows).sum(1)
     total = maps.sum((1, 2))
-    x = (maps.sum(1) * torch.arange(w, device=maps.device)).sum(1) / total
-    y = (maps.sum(2) * torch.arange(h, device=maps.device)).sum(1) / total
-    return torch.stack([x, y], dim=1)
+    return torch.stack([x, y], dim=1) / total.unsqueeze(1)
 
 
 def overlap(maps, target):
@@ -104,11 +120,13 @@ def overlap(maps, target):
     maps (N, H, W)."""
     maps = resize(maps, target.shape[1:])
     true = (target > LABEL_THRESHOLD).flatten(1)
-    recall, precision = [], []
+    n_true = true.sum(1)
+    recall = []
+    precision = []
     for threshold in THRESHOLDS.tolist():
         found = (maps > threshold).flatten(1)
-        n_hits = (found & true).sum(1).float()
-        recall.append(n_hits / (true.sum(1) + EPSILON))
+        n_hits = (found & true).sum(1)
+        recall.append(n_hits / (n_true + EPSILON))
         precision.append(n_hits / (found.sum(1) + EPSILON))
     return torch.stack(recall, dim=1), torch.stack(precision, dim=1)
 
@@ -116,15 +134,22 @@ def overlap(maps, target):
 def angle(maps, points, field_of_view):
     """(N,) degrees between the directions of the map's center of mass and of points (N, 2), for a camera that sees
     `field_of_view` degrees horizontally and vertically."""
-    h, w = maps.shape[1:]
     depth = 0.5 / math.tan(math.radians(field_of_view / 2))
-
-    def direction(offset):
-        return F.pad(offset.double(), (0, 1), value=depth)
-
-    found = direction(center_of_mass(maps) / torch.tensor([w, h], device=maps.device) - 0.5)
-    cosine = F.cosine_similarity(found, direction(points - 0.5), dim=1)
+    center = center_of_mass(maps) / (last_cell(maps) + 1)
+    predicted = F.pad(center.double() - 0.5, (0, 1), value=depth)  # (N, 3): x, y, z
+    true = F.pad(points.double() - 0.5, (0, 1), value=depth)
+    cosine = F.cosine_similarity(predicted, true, dim=1)
     return torch.rad2deg(cosine.clamp(-1, 1).acos())
+
+
+def blurred(position, length):
+    """(N, length): an impulse at the cell position (N,), blurred; what lies beyond the border is mirrored at it."""
+    cells = torch.arange(length, device=position.device)
+    total = 0
+    for image in (position, -1 - position, 2 * length - 1 - position):
+        distance = (cells - image.unsqueeze(1)).double()
+        total = total + torch.exp(-distance ** 2 / (2 * 3.2 ** 2)) * (distance.abs() <= 13)
+    return total
 
 
 def area_under_curve(maps, points, size):
@@ -133,42 +158,30 @@ def area_under_curve(maps, points, size):
     A Gaussian around the map's center of mass takes the place of the map. The published code takes the center of mass
     on the grid h x w and uses it on H x W; here the map is resized first.
     """
-    h, w = size
-    center = center_of_mass(resize(maps, size)).round()
-    label = (points * torch.tensor([w - 1, h - 1], device=maps.device)).round().long()
+    maps = resize(maps, size)
+    center = center_of_mass(maps).round()
+    column = blurred(center[:, 0], maps.shape[2])
+    row = blurred(center[:, 1], maps.shape[1])
+    blob = row.unsqueeze(2) * column.unsqueeze(1)                         # (N, H, W)
 
-    def blurred(position, length):
-        """(N, length): an impulse, blurred; what would lie beyond the border is mirrored at it."""
-        cells = torch.arange(length, device=maps.device)
-        total = 0.0
-        for image in (position, -1 - position, 2 * length - 1 - position):
-            away = (cells - image.unsqueeze(1)).abs().double()
-            total = total + torch.exp(-away ** 2 / (2 * 3.2 ** 2)) * (away <= 13)
-        return total
-
-    blob = blurred(center[:, 1], h).unsqueeze(2) * blurred(center[:, 0], w).unsqueeze(1)      # (N, H, W)
-    at_label = blob[torch.arange(len(blob)), label[:, 1], label[:, 0]]
-    above = (blob > at_label[:, None, None] * (1 + 1e-9)).sum((1, 2))
-    return 1 - above / (h * w)
+    label = (points * last_cell(maps)).round().long()
+    index = torch.arange(len(blob), device=blob.device)
+    at_label = blob[index, label[:, 1], label[:, 0]].view(-1, 1, 1)
+    above = blob > at_label * (1 + 1e-9)
+    return 1 - above.double().mean((1, 2))
 
 
 def frame_metrics(logits, points, label_map, field_of_view=60.0):
     """{name: tensor (N, ...)} of single frames. logits (N, h, w), points (N, 2) in [0, 1], label_map: keywords of
     heatmaps()."""
-    h, w = logits.shape[1:]
     maps = stretched_maps(logits)
     target = heatmaps(points, **label_map)
     recall, precision = overlap(maps, target)
-
-    best = logits.flatten(1).argmax(1)
-    column = (best % w) / (w - 1)
-    row = (best // w) / (h - 1)
-    predicted = torch.stack([column, row], dim=1)
-    expected = center_of_mass(maps) / torch.tensor([w - 1, h - 1], device=maps.device)
+    predicted = most_likely(logits)
+    expected = center_of_mass(maps) / last_cell(maps)
     return {"recall": recall, "precision": precision, "predicted": predicted,
             "l2": (predicted - points).norm(dim=1), "l2_mean": (expected - points).norm(dim=1),
-            "auc": area_under_curve(maps, points, target.shape[1:]),
-            "angle": angle(maps, points, field_of_view)}
+            "auc": area_under_curve(maps, points, target.shape[1:]), "angle": angle(maps, points, field_of_view)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,16 +202,16 @@ class Metrics:
     def __init__(self, dataset="egtea", field_of_view=60.0, **label_map):
         self.label_map = LABEL_MAPS[dataset] | label_map
         self.field_of_view = field_of_view
-        self.sums = {}
+        self.sums = dict.fromkeys(("recall", "precision", "l2", "l2_mean", "auc", "angle"), 0)
         self.n_frames = 0
 
     def add(self, logits, points, counted):
         """logits (B, T, h, w), points (B, T, 2), counted (B, T) bool. Returns the frame_metrics of all B * T frames."""
-        frames = frame_metrics(logits.float().flatten(0, 1), points.flatten(0, 1), self.label_map, self.field_of_view)
+        logits = logits.float().flatten(0, 1)
+        frames = frame_metrics(logits, points.flatten(0, 1), self.label_map, self.field_of_view)
         counted = counted.flatten()
-        for name in ("recall", "precision", "l2", "l2_mean", "auc", "angle"):
-            total = frames[name][counted].double().sum(0).cpu()
-            self.sums[name] = self.sums.get(name, 0) + total
+        for name in self.sums:
+            self.sums[name] = self.sums[name] + frames[name][counted].double().sum(0).cpu()
         self.n_frames += int(counted.sum())
         return frames
 
@@ -206,23 +219,26 @@ class Metrics:
         """{name: mean} over the frames of all processes, which all have to call it. F1, recall and precision are those
         of the threshold with the best F1; l2 is the distance of the most likely cell, l2_mean that of the expected
         point, angle in degrees. ValueError: no frame was counted."""
-        n_frames = run.all_sum(self.n_frames)[0]
-        if not n_frames:
+        n_frames = int(run.all_sum(self.n_frames)[0])
+        if n_frames == 0:
             raise ValueError("no frame of the set has a gaze point that counts: is all of it untracked?")
         means = {}
         for name, total in self.sums.items():
-            means[name] = torch.tensor(run.all_sum(*total.flatten().tolist()), dtype=torch.float64) / n_frames
+            sums = run.all_sum(*torch.as_tensor(total).flatten().tolist())
+            means[name] = torch.tensor(sums, dtype=torch.float64) / n_frames
 
+        # the threshold is chosen once for the whole set
         f1 = f1_score(means["recall"], means["precision"])
         best = int(f1.argmax())
-        return {"f1": f1[best].item(), "recall": means["recall"][best].item(),
-                "precision": means["precision"][best].item(), "threshold": THRESHOLDS[best].item(),
-                "l2": means["l2"].item(), "l2_mean": means["l2_mean"].item(), "auc": means["auc"].item(),
-                "angle": means["angle"].item(), "n_frames": int(n_frames)}
+        result = {"f1": f1[best].item(), "recall": means["recall"][best].item(),
+                  "precision": means["precision"][best].item(), "threshold": THRESHOLDS[best].item()}
+        for name in ("l2", "l2_mean", "auc", "angle"):
+            result[name] = means[name].item()
+        return result | {"n_frames": n_frames}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# methods: what predicts logits (B, T, h, w) of a batch
+# methods: functions from a batch to logits (B, T, h, w)
 
 
 def load_model(ckpt, device):
@@ -239,37 +255,37 @@ def gaussians(points):
     return heatmaps(points, 64, sigma=5.0, window=None)
 
 
-def make_baselines(cfg, data):
-    """{name: function of a batch}."""
-    generator = torch.Generator().manual_seed(cfg.seed)
+def center_baseline(batch):
+    return gaussians(torch.full_like(batch["points"], 0.5))
 
-    def center(batch):
-        return gaussians(torch.full_like(batch["points"], 0.5))
 
-    def random(batch):
+def last_baseline(batch):
+    points = batch["points"].roll(1, dims=1)
+    points[:, 0] = 0.5
+    return gaussians(points)
+
+
+def random_baseline(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def method(batch):
         return gaussians(torch.rand(batch["points"].shape, generator=generator))
 
-    def last(batch):
-        points = batch["points"].roll(1, dims=1)
-        points[:, 0] = 0.5
-        return gaussians(points)
+    return method
 
-    baselines = {"center": center, "random": random, "last": last}
-    try:
-        train = open_split(cfg, "train", data.size)
-    except (OSError, ValueError) as error:
-        print(f"no baseline \"mean\": {error}")
-        return baselines
 
-    # a map whose probabilities are the mean of true maps
-    total = torch.zeros(64, 64, dtype=torch.float64)
-    for index in torch.linspace(0, len(train) - 1, min(len(train), cfg.mean_clips)).long().tolist():
-        item = train[index]
-        true = heatmaps(item["points"][item["counted"]], 64)
-        total += true.double().sum(0)
-    logits = 2 * (total / total.sum() + 1e-8).log().float()
-    baselines["mean"] = lambda batch: logits.expand(*batch["points"].shape[:2], 64, 64)
-    return baselines
+def mean_baseline(train, n_clips):
+    """Its probabilities are the mean of the true maps of training clips."""
+    total = torch.zeros(64, 64)
+    for index in np.linspace(0, len(train) - 1, min(len(train), n_clips)).astype(int):
+        item = train[int(index)]
+        total += heatmaps(item["points"][item["counted"]], 64).sum(0)
+    logits = 2 * (total / total.sum() + 1e-8).log()
+
+    def method(batch):
+        return logits.expand(*batch["points"].shape[:2], 64, 64)
+
+    return method
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,17 +327,17 @@ def write_csv(path, frames, keys, threshold):
     k = int((THRESHOLDS - threshold).abs().argmin())
     recall = frames["recall"][:, k]
     precision = frames["precision"][:, k]
-    numbers = torch.stack([f1_score(recall, precision), recall, precision, frames["l2"]], dim=1)
-    numbers = torch.cat([numbers, frames["predicted"], frames["truth"]], dim=1).tolist()
-    n_frames = len(numbers) // len(keys)
+    scores = torch.stack([f1_score(recall, precision), recall, precision, frames["l2"]], dim=1)
+    values = torch.cat([scores, frames["predicted"], frames["truth"]], dim=1).tolist()
+    n_frames = len(values) // len(keys)
 
     lines = ["video_name,frame_idx,clip_index,batch_index,frame_offset,f1,recall,precision,l2,pred_x,pred_y,gt_x,gt_y,"
              "valid,threshold"]
-    for i, row in enumerate(numbers):
+    for i, row in enumerate(values):
         clip, offset = divmod(i, n_frames)
         number = int(frames["number"][i])
-        texts = ",".join(f"{value:.6f}" for value in row)
         valid = int(frames["counted"][i])
+        texts = ",".join(f"{value:.6f}" for value in row)
         lines.append(f"{keys[clip]},{number},{clip},0,{offset},{texts},{valid},{threshold:.3f}")
     write_whole(path, "\n".join(lines) + "\n")
 
@@ -339,50 +355,45 @@ def find_worst(frames, n_frames, n_worst):
 def draw_worst(path, worst, data, method):
     """The worst clips, a row each: the predicted map, the predicted point (red) and the true one (green)."""
     sheet = {}
+    side = 128
     for distance, index in worst:
         batch = collate([data[index]])
-        logits = method(batch)[0].float().cpu()
-        maps = stretched_maps(logits)
+        logits = method(batch)[0].float()
+        maps = stretched_maps(logits).numpy()
+        predicted = most_likely(logits) * (side - 1)
+        true = batch["points"][0] * (side - 1)
+
         pictures = []
         for t, image in enumerate(batch["video"][0]):
-            picture = video_out.draw_heat(image.permute(1, 2, 0).numpy(), maps[t].numpy(), opacity=0.5)
-            picture = video_out.resize(picture, 128, 128)
-            h, w = maps[t].shape
-            row, column = divmod(maps[t].argmax().item(), w)
-            predicted = (127 * column / (w - 1), 127 * row / (h - 1))
-            picture = video_out.draw_cross(picture, predicted, "red", 6)
+            picture = video_out.draw_heat(image.permute(1, 2, 0).numpy(), maps[t], opacity=0.5)
+            picture = video_out.resize(picture, side, side)
+            picture = video_out.draw_cross(picture, predicted[t].tolist(), "red", 6)
             if batch["tracked"][0, t]:
-                picture = video_out.draw_cross(picture, (127 * batch["points"][0, t]).tolist(), "lime", 6)
+                picture = video_out.draw_cross(picture, true[t].tolist(), "lime", 6)
             pictures.append(picture)
         sheet[f"L2 {distance:.2f}"] = pictures
     legend = {"predicted": "red", "true": "lime"}
-    video_out.contact_sheet(path, sheet, legend=legend, title="the clips with the largest mean distance", cell=128)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# speed
+    video_out.contact_sheet(path, sheet, legend=legend, title="the clips with the largest mean distance", cell=side)
 
 
 @torch.no_grad()
-def measure_speed(model, device, n_frames=8, repeats=10):
+def measure_speed(model, device, n_frames, repeats=10):
     """Milliseconds per frame of a stream, and of running the last n_frames anew for each, as the published demo does."""
     R = model.config.image_size
     video = torch.randint(0, 256, (1, n_frames, 3, R, R), dtype=torch.uint8, device=device)
     state = model.start(1)
-    for t in range(n_frames):  # warm-up; from here on the history is full
+    for t in range(n_frames):  # from here on the history is full
         _, state = model.step(video[:, t], state)
-    model(video)
 
     start = run.now(device)
     for i in range(repeats):
         _, state = model.step(video[:, i % n_frames], state)
     streaming = (run.now(device) - start) * 1000 / repeats
 
-    repeats = max(1, repeats // 4)
     start = run.now(device)
-    for _ in range(repeats):
+    for _ in range(3):
         model(video)
-    anew = (run.now(device) - start) * 1000 / repeats
+    anew = (run.now(device) - start) * 1000 / 3
     return {"ms_per_frame": streaming, "ms_per_frame_anew": anew, "saved": anew / streaming}
 
 
@@ -414,12 +425,18 @@ def main():
     def run_model(batch):
         return model(batch["video"].to(device)).cpu()
 
+    train = None
+    try:
+        train = open_split(cfg, "train", side)
+    except (OSError, ValueError) as error:
+        print(f"no baseline mean: {error}")
+
     for split in cfg.splits.split(","):
         # 1. what to compare; the model comes last
         data = open_split(cfg, split, side)
-        methods = {}
-        if cfg.baselines or model is None:
-            methods = make_baselines(cfg, data)
+        methods = {"center": center_baseline, "random": random_baseline(cfg.seed), "last": last_baseline}
+        if train is not None:
+            methods["mean"] = mean_baseline(train, cfg.mean_clips)
         if model is not None:
             methods["model"] = run_model
 

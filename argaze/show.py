@@ -26,12 +26,11 @@ from itertools import chain
 from pathlib import Path
 
 import av
-import numpy as np
 import torch
 
 from argaze.data import crop_square
 from argaze.eval import load_model
-from data import VideoError, quarter_turns, video_stream
+from data import VideoError, upright, video_stream
 from lib import configurator, run
 from lib.checkpoint import write_whole
 from lib.video_out import VideoWriter, draw_boxes, draw_cross, draw_heat, draw_text, resize
@@ -69,7 +68,7 @@ def read_video(path):
             for frame in container.decode(stream):
                 size = size or {"width": frame.width, "height": frame.height}
                 picture = frame.to_ndarray(format="rgb24", **size)
-                yield rate, np.rot90(picture, quarter_turns(frame))
+                yield rate, upright(picture, frame)
     except (av.FFmpegError, OSError, ValueError) as error:
         if not size:
             raise VideoError(f"{path}: cannot be read as a video ({error})") from error

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from argaze_tiny import tiny_argaze
 from safetensors.torch import load_file
 
 from argaze import eval as gaze_eval
 from argaze import make_data
 from argaze.data import FIXATION
 from argaze.eval import Metrics, f1_score
-from argaze.model import ARGaze, ARGazeConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 NUMBERS = json.loads((GOLDEN / "argaze_tiny" / "numbers.json").read_text())["metrics"]
@@ -86,10 +86,7 @@ def report(tmp_path_factory):
     """What python -m argaze.eval leaves for an untrained model and all baselines, and its folder."""
     root = tmp_path_factory.mktemp("argaze_eval")
     make_data.make(make_data.Config(out=str(root / "toy"), n_train=12, n_val=6, n_workers=1))
-    torch.manual_seed(0)
-    sizes = dict(image_size=32, patch_size=8, decoder_layers=1, decoder_heads=2, decoder_ffn=32, head_widths="8+8")
-    ARGaze(ARGazeConfig(encoder="random:width=16,layers=3,heads=2,mlp=32", heatmap_size=16, **sizes)).save_pretrained(
-        root / "ckpt")
+    tiny_argaze().save_pretrained(root / "ckpt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["argaze.eval", f"--root={root / 'toy'}", f"--ckpt={root / 'ckpt'}", "--stride=1",
                                    "--splits=test,train", f"--out_dir={root / 'out'}", "--n_workers=0", "--worst=2"])

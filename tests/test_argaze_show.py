@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from argaze_tiny import tiny_argaze
 
 from argaze import show
-from argaze.model import ARGaze, ARGazeConfig
+from argaze.model import ARGaze
 from data import VideoError, count_frames, decode
 from lib.video_out import VideoWriter
 
@@ -19,10 +20,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     folder = tmp_path_factory.mktemp("argaze") / "ckpt"
-    torch.manual_seed(0)
-    sizes = dict(image_size=32, patch_size=8, decoder_layers=1, decoder_heads=2, decoder_ffn=32, head_widths="8+8")
-    model = ARGaze(ARGazeConfig(encoder="random:width=16,layers=3,heads=2,mlp=32", heatmap_size=16, **sizes))
-    model.save_pretrained(folder)
+    tiny_argaze().save_pretrained(folder)
     return folder
 
 
