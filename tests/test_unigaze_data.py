@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from unigaze import data, make_data, normalise
+from unigaze import convert, data, make_data, normalise
 from unigaze.data import FaceError, Faces, Split
 
 GOLDEN = Path(__file__).parent / "golden" / "unigaze_data"
@@ -54,7 +54,7 @@ def write_faces(path, n=20, size=16, **columns):
     defaults = {"face_patch": rng.integers(0, 255, (n, size, size, 3), dtype=np.uint8),
                 "face_gaze": rng.uniform(-0.5, 0.5, (n, 2)).astype(np.float32),
                 "face_head_pose": rng.uniform(-0.5, 0.5, (n, 2)).astype(np.float32)}
-    data.write_h5(path, {key: value for key, value in (defaults | columns).items() if value is not None})
+    convert.write_h5(path, {key: value for key, value in (defaults | columns).items() if value is not None})
     return path
 
 
@@ -223,7 +223,7 @@ def test_a_label_in_degrees_between_the_sampled_rows_is_found_when_it_is_read(tm
 
 def test_gazecapture_in_one_file_asks_for_the_converter(tmp_path):
     (tmp_path / "all.h5").write_bytes((GOLDEN / "gazecapture_sted_raw.h5").read_bytes())
-    with pytest.raises(FaceError, match="convert it, python -m unigaze.data gazecapture"):
+    with pytest.raises(FaceError, match="convert it, python -m unigaze.convert gazecapture"):
         Faces(tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_check_notices_a_mirrored_set(toy, toy_set, tmp_path, mirror):
             columns["face_patch"] = columns["face_patch"][:, :, ::-1]
         else:
             columns["face_gaze"] = columns["face_gaze"] * [1, -1]
-        data.write_h5(tmp_path / "toy_xgaze" / path.name, columns)
+        convert.write_h5(tmp_path / "toy_xgaze" / path.name, columns)
     complaints = data.check(tmp_path, ["toy"], tmp_path / "check.png")
     assert any("mirrored" in text for text in complaints)
 
@@ -295,7 +295,7 @@ def test_check_goes_on_after_a_set_that_is_not_there(toy, toy_set, tmp_path):
 
 
 def test_gazecapture_is_converted_to_a_file_per_person_that_can_be_read(tmp_path):
-    assert data.convert_gazecapture(GOLDEN / "gazecapture_sted_raw.h5", tmp_path) == 2
+    assert convert.convert_gazecapture(GOLDEN / "gazecapture_sted_raw.h5", tmp_path) == 2
     faces = Faces(tmp_path, Split("", color="rgb"))
     with h5py.File(GOLDEN / "gazecapture_sted_raw.h5") as raw:
         labels, pixels = raw["00028/labels"][1], raw["00028/pixels"][1]
@@ -311,7 +311,7 @@ def test_sessions_of_eyediap_become_a_file_per_person(tmp_path):
     write_faces(tmp_path / "1_A_CS_M.h5", n=2)
     write_faces(tmp_path / "14_B_FT_S.h5", n=4)
     write_faces(tmp_path / "1_A_DS_S.h5", n=4)   # targets that jump: in no published protocol
-    assert data.convert_eyediap(tmp_path, tmp_path / "out") == {"eyediap_cs/person_1.h5": 5,
+    assert convert.convert_eyediap(tmp_path, tmp_path / "out") == {"eyediap_cs/person_1.h5": 5,
                                                                 "eyediap_ft/person_14.h5": 4}
     with h5py.File(tmp_path / "out/eyediap_cs/person_1.h5") as merged, h5py.File(tmp_path / "1_A_CS_M.h5") as first:
         assert merged["face_patch"].chunks == (1, 16, 16, 3) and merged["face_patch"].compression == "lzf"
@@ -382,6 +382,13 @@ def test_the_head_pose_of_projected_points_is_found(angles):
     np.testing.assert_allclose(found_t, t, rtol=1e-5)
 
 
+def test_landmarks_are_picked_from_68_as_published():
+    figures = json.loads((GOLDEN / "normalise.json").read_text())
+    landmarks = np.array(figures["lm68"])
+    assert landmarks[normalise.FIFTY_OF_68].tolist() == figures["lm50_of_68"]
+    assert landmarks[normalise.SIX_OF_68].tolist() == figures["eyes_nose_of_68"]
+
+
 def test_angles_and_vectors_are_inverse():
     angles = np.random.default_rng(0).uniform(-1.5, 1.5, (50, 2)) * [1, 2]
     np.testing.assert_allclose(normalise.to_pitchyaw(3 * normalise.to_vector(angles)), angles, atol=1e-12)
@@ -390,7 +397,7 @@ def test_angles_and_vectors_are_inverse():
 def test_rows_of_the_raw_annotations_are_read():
     expected = json.loads((GOLDEN / "raw/expected.json").read_text())
     wanted = expected["xgaze subject0000_update.csv"]
-    row = normalise.read_xgaze((GOLDEN / "raw/subject0000_update.csv").read_text().splitlines()[0])
+    row = convert.read_xgaze((GOLDEN / "raw/subject0000_update.csv").read_text().splitlines()[0])
     assert row["image"] == wanted["key"]
     assert row["target"].tolist() == wanted["gaze_target"] and row["translation"].tolist() == wanted["head_translation"]
     assert row["rotation_vector"].tolist() == wanted["head_rotation"]
@@ -398,14 +405,14 @@ def test_rows_of_the_raw_annotations_are_read():
     assert row["model_points"][[0, -1]].tolist() == [wanted["projected50_first"], wanted["projected50_last"]]
 
     wanted = expected["mpii p00.txt"]
-    row = normalise.read_mpii((GOLDEN / "raw/p00.txt").read_text().splitlines()[0])
+    row = convert.read_mpii((GOLDEN / "raw/p00.txt").read_text().splitlines()[0])
     assert row["image"] == wanted["key"] and row["landmarks"].tolist() == wanted["landmarks6"]
     assert row["target"].tolist() == wanted["gaze_target"] and row["eye"] == "left"
 
     wanted = expected["gaze360 train.label"]["rows"]
     lines = (GOLDEN / "raw/train.label").read_text().splitlines()[1:]
     for line, result in zip(lines, wanted, strict=True):
-        row = normalise.read_gaze360(line)
+        row = convert.read_gaze360(line)
         assert (row["image"], row["subject"], row["img_name"]) == (result["face"], result["subject"],
                                                                    result["img_name"])
         np.testing.assert_allclose(row["sight"], result["face_to_target"])
@@ -414,11 +421,11 @@ def test_rows_of_the_raw_annotations_are_read():
 
 def test_sessions_of_eyediap_are_read(tmp_path):
     wanted = json.loads((GOLDEN / "raw/expected.json").read_text())["eyediap"]
-    K, targets = normalise.read_eyediap(GOLDEN / "raw", every=5)
+    K, targets = convert.read_eyediap(GOLDEN / "raw", every=5)
     assert K.tolist() == wanted["K"] and list(targets) == wanted["frames_used_step5"]
     for frame, target in targets.items():
         np.testing.assert_allclose(target, wanted["screen_mm"][str(frame)])
-    for frame, target in normalise.read_targets(GOLDEN / "raw/ball_tracking.txt", ball=True).items():
+    for frame, target in convert.read_targets(GOLDEN / "raw/ball_tracking.txt", ball=True).items():
         np.testing.assert_allclose(target, wanted["ball_mm"][str(frame)])
 
 

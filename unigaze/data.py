@@ -2,8 +2,6 @@
 Faces in .h5 files: which sets there are, how their files are read, how a picture becomes a normalised crop.
 
     python -m unigaze.data check data/faces cross_xgaze               # what is there of a protocol, and check.png
-    python -m unigaze.data gazecapture GazeCapture.h5 data/faces/gazecapture_train_224       # one file per person
-    python -m unigaze.data eyediap sessions/ data/faces               # 1_A_CS_S.h5 ... -> eyediap_cs/person_1.h5 ...
 
 On disk: <root>/<folder of the set>/<subject>.h5, a folder may be a link. A file holds face_patch (n, S, S, 3) uint8,
 face_gaze and face_head_pose (n, 2), and more that nothing here needs.
@@ -25,10 +23,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib import video_out
-from unigaze.normalise import FOCAL, SIZE, arrow_on_crop, resize, warp
+from unigaze.normalise import arrow_on_crop, resize
 
 COLUMNS = ("face_patch", "face_gaze", "face_head_pose")
 XGAZE_CAMERAS = 18    # consecutive rows of an XGaze file that are one frame
@@ -189,7 +186,7 @@ def inspect_file(path, labelled):
     """Number of faces in a file. FaceError if it holds none, or what no reader could use."""
     with open_file(path) as file:
         if "face_patch" not in file:
-            hint = "groups of persons: convert it, python -m unigaze.data gazecapture" if any(
+            hint = "groups of persons: convert it, python -m unigaze.convert gazecapture" if any(
                 isinstance(value, h5py.Group) for value in file.values()) else ", ".join(file) or "nothing"
             raise FaceError(f"{path}: has no face_patch, only {hint}")
         patch = file["face_patch"]
@@ -436,83 +433,12 @@ def iris_offset(grey):
     return total / 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# converters
-
-def write_h5(path, columns):
-    """Columns {name: array with a row per face} as the published files hold them: a chunk per row, lzf. The file
-    gets its name when it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half_written = path.with_name(f".{path.name}")
-    with h5py.File(half_written, "w") as file:
-        for name, values in columns.items():
-            row = values.shape[1:]
-            file.create_dataset(name, data=values, chunks=(1, *row), maxshape=(None, *row), compression="lzf")
-    os.replace(half_written, path)
-
-
-def convert_gazecapture(source, out):
-    """GazeCapture as faze_preprocess writes it, one file with a group per person, -> <out>/<person>.h5. Its camera (f
-    500, 600 mm, 128 pixels) sees a little more than the published one (960, 600, 224), so pictures are warped; labels
-    stay, since the direction of both cameras is the same. Pictures stay RGB. Returns the number of persons."""
-    # both cameras look along the same line from the same distance: only the camera matrices differ
-    theirs = np.array([[500, 0, 64], [0, 500, 64], [0, 0, 1]])
-    ours = np.array([[FOCAL, 0, SIZE / 2], [0, FOCAL, SIZE / 2], [0, 0, 1]])
-    W = ours @ np.linalg.inv(theirs)
-    with open_file(source) as file:
-        persons = [name for name, group in file.items() if isinstance(group, h5py.Group) and "pixels" in group]
-        if not persons:
-            raise FaceError(f"{source}: no group per person with pixels and labels; has it been converted already?")
-        for name in tqdm(persons, desc="persons"):
-            pixels, labels = file[name]["pixels"], file[name]["labels"][:].astype(np.float32)
-            if pixels.shape[1:] != (128, 128, 3) or labels.shape != (len(pixels), 8):
-                raise FaceError(f"{source}: {name} has pixels {pixels.shape} and labels {labels.shape}, not "
-                                "(n, 128, 128, 3) and (n, 8)")
-            check_angles(labels[:, :2], source)
-            crops = np.stack([warp(image, W) for image in pixels])
-            write_h5(Path(out, f"{name}.h5"),
-                     {"face_patch": crops, "face_gaze": labels[:, :2], "face_head_pose": labels[:, 2:4]})
-    return len(persons)
-
-
-def convert_eyediap(folder, out):
-    """EYEDIAP as the published script writes it, a file per session (<person>_<A or B>_<CS, DS or FT>_<S or M>.h5), ->
-    <out>/eyediap_cs/person_<N>.h5 and eyediap_ft. Sessions come in the order of their names. Returns {file: rows}."""
-    sessions = {}
-    for path in sorted(Path(folder).glob("*.h5")):
-        parts = path.stem.split("_")
-        if len(parts) == 4 and parts[0].isdigit() and parts[2] in ("CS", "FT"):
-            sessions.setdefault(f"eyediap_{parts[2].lower()}/person_{int(parts[0])}.h5", []).append(path)
-    if not sessions:
-        raise FaceError(f"{folder}: no file is called like a session with a screen or a ball, 1_A_CS_S.h5")
-
-    rows = {}
-    for name, paths in tqdm(sessions.items(), desc="persons"):
-        columns = {}
-        for path in paths:
-            inspect_file(path, labelled=True)
-            with open_file(path) as file:
-                if columns and set(file) != set(columns):
-                    raise FaceError(f"{path}: holds {', '.join(file)}, the sessions before it {', '.join(columns)}")
-                for key in file:
-                    columns.setdefault(key, []).append(file[key][:])
-        write_h5(Path(out, name), {key: np.concatenate(parts) for key, parts in columns.items()})
-        rows[name] = sum(len(part) for part in columns["face_patch"])
-    return rows
-
-
 def main(argv):
     try:
         if argv[:1] == ["check"] and len(argv) == 3:
             names = protocol(argv[2].removeprefix("protocol="))
             complaints = check(argv[1], dict.fromkeys(names["train"] + names["val"] + names["test"]))
             raise SystemExit(f"{len(complaints)} complaints" if complaints else 0)
-        elif argv[:1] == ["gazecapture"] and len(argv) == 3:
-            print(f"{argv[2]}: {convert_gazecapture(argv[1], argv[2])} persons")
-        elif argv[:1] == ["eyediap"] and len(argv) == 3:
-            for name, rows in convert_eyediap(argv[1], argv[2]).items():
-                print(f"{name}: {rows} faces")
         else:
             raise SystemExit(__doc__.split("\n\n")[1])
     except (FaceError, OSError, ValueError) as error:

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import configurator
-from unigaze.data import write_h5
+from unigaze.convert import write_h5
 from unigaze.normalise import to_pitchyaw, to_vector
 
 

@@ -186,10 +186,12 @@ def guess_camera(box, shape):
     half_height = bottom - top
     x = (left + right) / 2
     y = (top + bottom) / 2
-    left, right = max(0, x - half_width), min(shape[1], x + half_width)
-    top, bottom = max(0, y - half_height), min(shape[0], y + half_height)
+    left = max(0, x - half_width)
+    right = min(shape[1], x + half_width)
+    top = max(0, y - half_height)
+    bottom = min(shape[0], y + half_height)
     focal = 4 * (right - left)
-    return np.array([[focal, 0, (left + right) / 2], [0, focal, (top + bottom) / 2], [0, 0, 1]])
+    return normalise.camera_matrix(focal, focal, (left + right) / 2, (top + bottom) / 2)
 
 
 def view_face(image, face, face_model, camera, size):
@@ -197,8 +199,7 @@ def view_face(image, face, face_model, camera, size):
     if camera is None:
         K = guess_camera(face.box, image.shape)
     else:
-        fx, fy, cx, cy = camera
-        K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+        K = normalise.camera_matrix(*camera)
 
     if face.points is not None:
         head_rotation, translation = normalise.head_pose(face.points, face_model, K)
