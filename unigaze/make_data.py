@@ -46,15 +46,38 @@ class Config:
 
 ZOOM = 1.1  # half the side of a crop, in half widths of a head: eyes lie where published crops have them
 
-# What a set looks like: ranges of everything that is drawn per face or per subject. Angles in radians.
+
+@dataclass
+class Style:
+    """What a set looks like: the range of everything that is drawn per subject or per face."""
+    layout: str                 # of the files: xgaze or mpii
+    head: tuple                 # largest pitch and yaw of heads, radians
+    eye: tuple                  # largest pitch and yaw of eyes in the head, radians
+    ambient: tuple              # share of the light that comes from everywhere
+    exposure: tuple             # factor of all colours
+    blur: tuple                 # standard deviation in pixels of a 48-pixel crop
+    noise: float                # of the sensor, in grey levels
+    tint: tuple                 # factor of red, green and blue
+    tint_spread: float          # how much it varies between faces
+    busy: float                 # contrast of the background
+    skin: tuple                 # from dark to light
+    lids: tuple                 # how far they are open
+
+
 STYLES = {
-    "toy_xgaze": dict(layout="xgaze", head=(0.45, 0.80), eye=(0.30, 0.40), ambient=(0.25, 0.45), exposure=(0.9, 1.1),
-                      blur=(0.0, 0.4), noise=2.0, tint=(1.0, 1.0, 1.0), tint_spread=0.03, busy=0.05, skin=(0.45, 1.0),
-                      lids=(0.75, 1.0)),
-    "toy_mpii": dict(layout="mpii", head=(0.25, 0.40), eye=(0.25, 0.35), ambient=(0.5, 0.75), exposure=(0.6, 1.0),
-                     blur=(0.4, 0.9), noise=4.0, tint=(1.08, 0.98, 0.80), tint_spread=0.10, busy=0.5, skin=(0.3, 0.9),
-                     lids=(0.55, 0.85)),
+    "toy_xgaze": Style(
+        layout="xgaze", head=(0.45, 0.80), eye=(0.30, 0.40),
+        ambient=(0.25, 0.45), exposure=(0.9, 1.1), blur=(0.0, 0.4), noise=2.0,
+        tint=(1.0, 1.0, 1.0), tint_spread=0.03, busy=0.05,
+        skin=(0.45, 1.0), lids=(0.75, 1.0)),
+    "toy_mpii": Style(
+        layout="mpii", head=(0.25, 0.40), eye=(0.25, 0.35),
+        ambient=(0.5, 0.75), exposure=(0.6, 1.0), blur=(0.4, 0.9), noise=4.0,
+        tint=(1.08, 0.98, 0.80), tint_spread=0.10, busy=0.5,
+        skin=(0.3, 0.9), lids=(0.55, 0.85)),
 }
+HAIR = np.array([[30, 24, 20], [92, 58, 34], [176, 136, 76], [120, 118, 116]])
+IRIS = np.array([[54, 34, 20], [60, 92, 120], [70, 96, 60]])
 
 
 def rotation(angles):
@@ -70,16 +93,18 @@ def rotation(angles):
 # ----------------------------------------------------------------------------------------------------------------------
 # what is drawn at random
 
+
 def draw_subject(rng, style):
-    """Shape and colours of one person; lengths in head widths."""
-    skin = np.array([224, 172, 138]) * rng.uniform(*style["skin"]) + rng.normal(0, 6, 3)
+    """Shape and colours of one person; lengths in half widths of the head."""
+    skin = np.array([224, 172, 138]) * rng.uniform(*style.skin)
+    skin = skin + rng.normal(0, 6, 3)
     return {
         "axes": np.array([1.0, rng.uniform(1.22, 1.42), rng.uniform(1.0, 1.15)]),
         "skin": skin.clip(30, 250),
-        "hair": np.array([[30, 24, 20], [92, 58, 34], [176, 136, 76], [120, 118, 116]])[rng.integers(4)],
+        "hair": HAIR[rng.integers(len(HAIR))],
         "hairline": rng.uniform(-0.85, -0.6),
-        "lips": skin * np.array([0.85, 0.55, 0.55]),
-        "iris": np.array([[54, 34, 20], [60, 92, 120], [70, 96, 60]])[rng.integers(3)],
+        "lips": skin * [0.85, 0.55, 0.55],
+        "iris": IRIS[rng.integers(len(IRIS))],
         "eye_x": rng.uniform(0.36, 0.44),
         "eye_y": rng.uniform(-0.22, -0.10),
         "eye_width": rng.uniform(0.24, 0.29),
@@ -95,23 +120,28 @@ def draw_subject(rng, style):
 
 def draw_views(rng, style, n):
     """Head pose, gaze and light of n faces."""
-    head = rng.uniform(-1, 1, (n, 2)) * style["head"]
-    eye = rng.uniform(-1, 1, (n, 2)) * style["eye"]            # turn of the eyes in the head
+    head = rng.uniform(-1, 1, (n, 2)) * style.head
+    eye = rng.uniform(-1, 1, (n, 2)) * style.eye
     rotations = rotation(head)                                 # (N, 3, 3)
-    in_head = rotation(eye)[:, :, 2]
-    gaze = np.einsum("nij,nj->ni", rotations, in_head)         # minus the direction of sight, in the camera
-    light = rng.normal(0, 1, (n, 3)) * [0.8, 0.5, 0.2] + [0, -0.5, -1]
+
+    # minus the direction of sight, in the head and in the camera
+    in_head = to_vector(eye)
+    in_camera = np.einsum("nij,nj->ni", rotations, in_head)
+
+    # light from the front, more often from above
+    light = rng.normal(0, 1, (n, 3)) * [0.8, 0.5, 0.2]
+    light = light + [0, -0.5, -1]
     return {
         "head": head,
-        "gaze": to_pitchyaw(gaze),
+        "gaze": to_pitchyaw(in_camera),
         "rotations": rotations,
         "sight": -in_head,
         "light": light / np.linalg.norm(light, axis=1, keepdims=True),
-        "ambient": rng.uniform(*style["ambient"], n),
-        "exposure": rng.uniform(*style["exposure"], n),
-        "tint": np.array(style["tint"]) + rng.normal(0, style["tint_spread"], (n, 3)),
-        "opening": rng.uniform(*style["lids"], n),
-        "blur": rng.uniform(*style["blur"], n),
+        "ambient": rng.uniform(*style.ambient, n),
+        "exposure": rng.uniform(*style.exposure, n),
+        "tint": style.tint + rng.normal(0, style.tint_spread, (n, 3)),
+        "opening": rng.uniform(*style.lids, n),
+        "blur": rng.uniform(*style.blur, n),
         "background": rng.uniform(20, 220, (n, 2, 3)),
     }
 
@@ -119,97 +149,133 @@ def draw_views(rng, style, n):
 # ----------------------------------------------------------------------------------------------------------------------
 # rendering
 
+
 def hit_ellipsoid(origin, direction, centre, axes):
     """Where rays meet an ellipsoid first. origin (P, 3), direction (3,) -> distance (P,), inf where they miss, and the
     unit normals (P, 3) there, all in the head's frame."""
+    # scaled so that the ellipsoid is the unit sphere: |o + t d| = 1
     o = (origin - centre) / axes
     d = direction / axes
     a = d @ d
     b = o @ d
-    root = b * b - a * ((o * o).sum(1) - 1)
-    t = np.where(root > 0, (-b - np.sqrt(root.clip(0))) / a, np.inf)
-    normal = (o + np.where(np.isfinite(t), t, 0)[:, None] * d) / axes
-    return t, normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-9)
+    c = (o * o).sum(axis=1) - 1
+    root = b * b - a * c
+
+    is_hit = root > 0
+    t = (-b - np.sqrt(root.clip(0))) / a
+    point = o + np.where(is_hit, t, 0)[:, None] * d
+    normal = point / axes
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    return np.where(is_hit, t, np.inf), normal / length.clip(1e-9)
 
 
 def paint_head(p, person):
-    """Colour (P, 3) of the head's surface at points p (P, 3): skin, hair, brows, lips, beard."""
+    """Colour (P, 3) of the head's surface at points p (P, 3): skin, beard, hair, brows, lips."""
     x, y, z = p.T
+    is_front = z < 0
     color = np.repeat(person["skin"][None], len(p), axis=0)
 
-    chin = (y > person["mouth_y"] - 0.22) & (z < 0.2)
-    color[chin] *= person["beard"]
-    hair = (y < person["hairline"] + 0.25 * x * x) | (z > 0.25)
-    color[hair] = person["hair"]
+    is_chin = (y > person["mouth_y"] - 0.22) & (z < 0.2)
+    color[is_chin] *= person["beard"]
+    is_hair = (y < person["hairline"] + 0.25 * x * x) | (z > 0.25)
+    color[is_hair] = person["hair"]
 
-    brow_y = person["eye_y"] - 0.30 + 0.6 * (abs(x) - person["eye_x"]) ** 2
-    brow = (abs(y - brow_y) < person["brow"]) & (abs(abs(x) - person["eye_x"]) < 0.24) & (z < 0)
-    color[brow] = 0.7 * person["hair"] + 0.3 * color[brow]
-    lips = (x / person["mouth_width"]) ** 2 + ((y - person["mouth_y"]) / 0.09) ** 2 < 1
-    color[lips & (z < 0)] = person["lips"]
+    beside = abs(x) - person["eye_x"]                          # of the middle of an eye
+    brow_y = person["eye_y"] - 0.30 + 0.6 * beside ** 2
+    is_brow = is_front & (abs(y - brow_y) < person["brow"]) & (abs(beside) < 0.24)
+    color[is_brow] = 0.7 * person["hair"] + 0.3 * color[is_brow]
+
+    u = x / person["mouth_width"]
+    v = (y - person["mouth_y"]) / 0.09
+    is_lips = is_front & (u * u + v * v < 1)
+    color[is_lips] = person["lips"]
     return color
+
+
+def paint_eye(p, side, person, opening, sight, direction):
+    """One eye, where its lids are open: which points p (P, 3) of the head show it (P,), their colour and normal.
+    side: -1 for the eye on the left of the picture, 1 for the other."""
+    depth, height = person["axes"][2], person["axes"][1]
+    u = (p[:, 0] - side * person["eye_x"]) / person["eye_width"]
+    v = (p[:, 1] - person["eye_y"]) / (0.62 * person["eye_width"] * opening)
+    is_open = (u * u + v * v < 1) & (p[:, 2] < 0)
+
+    # the eyeball lies just behind the surface of the head
+    front = depth * math.sqrt(1 - person["eye_x"] ** 2 - (person["eye_y"] / height) ** 2)
+    centre = np.array([side * person["eye_x"], person["eye_y"], 0.92 * person["eye_radius"] - front])
+    t, normal = hit_ellipsoid(p[is_open], direction, centre, person["eye_radius"])
+
+    # white, iris and pupil by the angle to the line of sight, and the shadow of the upper lid
+    angle = np.arccos((normal @ sight).clip(-1, 1))
+    color = np.repeat([[228.0, 224.0, 220.0]], len(angle), axis=0)
+    color[angle < person["iris_angle"]] = person["iris"]
+    color[angle < 0.42 * person["iris_angle"]] = [12, 10, 10]
+    color[v[is_open] < -0.55] *= 0.6
+    color[~np.isfinite(t)] = 0.5 * person["skin"]
+    return is_open, color, normal
 
 
 def render(person, views, i, style, rng, size):
     """One face, (S, S, 3) uint8 RGB. Twice the resolution, averaged; rays are parallel."""
     turn = views["rotations"][i]
-    grid = (np.arange(2 * size) + 0.5) / size - 1                      # -1..1 over the crop
-    y, x = np.meshgrid(grid * ZOOM, grid * ZOOM, indexing="ij")
-    centre = turn @ [0, 0.12, -0.9 * person["axes"][2]]                # between eyes and nose: the middle of a crop
-    origin = np.stack([x + centre[0], y + centre[1], np.full_like(x, -5)], axis=-1).reshape(-1, 3) @ turn
+    grid = ZOOM * ((np.arange(2 * size) + 0.5) / size - 1)
+    y, x = np.meshgrid(grid, grid, indexing="ij")
+    centre = turn @ [0, 0.12, -0.9 * person["axes"][2]]        # between eyes and nose: the middle of a crop
+    origin = np.stack([x + centre[0], y + centre[1], np.full_like(x, -5)], axis=-1)
+    origin = origin.reshape(-1, 3) @ turn                      # (P, 3) in the head's frame
     direction = turn[2]
 
     # background: two colours, plain or in bars
-    share = 0.5 + 0.5 * np.sin(x * rng.uniform(1, 9) + y * rng.uniform(-6, 6)) * style["busy"] + 0.1 * y
+    waves = np.sin(x * rng.uniform(1, 9) + y * rng.uniform(-6, 6))
+    share = 0.5 + 0.5 * style.busy * waves + 0.1 * y
     first, second = views["background"][i]
-    color = (first + share.reshape(-1, 1) * (second - first)).clip(0, 255)
+    color = first + share.reshape(-1, 1) * (second - first)
+    color = color.clip(0, 255)
 
-    # head and nose, lit; whichever is in front
+    # the head
     far, normal = hit_ellipsoid(origin, direction, np.zeros(3), person["axes"])
+    is_head = np.isfinite(far)
+    p = origin + np.where(is_head, far, 0)[:, None] * direction
+    color[is_head] = paint_head(p[is_head], person)
+
+    # the eyes
+    for side in (-1, 1):
+        is_open, eye, eye_normal = paint_eye(p, side, person, views["opening"][i], views["sight"][i], direction)
+        is_seen = is_head[is_open]
+        is_open &= is_head
+        color[is_open] = eye[is_seen]
+        normal[is_open] = 0.5 * normal[is_open] + 0.5 * eye_normal[is_seen]
+
+    # the nose, where it is in front
     tip = np.array([0, 0.22, -person["axes"][2]])
     near, nose_normal = hit_ellipsoid(origin, direction, tip, person["nose"] * np.array([0.13, 0.30, 0.22]))
-    hit = np.isfinite(far)
-    p = origin + np.where(hit, far, 0)[:, None] * direction
-    color[hit] = paint_head(p[hit], person)
-    nose = near < far
-    color[nose] = person["skin"]
-    normal[nose] = nose_normal[nose]
-    hit |= nose
+    is_nose = near < far
+    color[is_nose] = person["skin"]
+    normal[is_nose] = nose_normal[is_nose]
 
-    # eyes: where the lids are open, the eyeball behind them shows
-    for side in (-1, 1):
-        u = (p[:, 0] - side * person["eye_x"]) / person["eye_width"]
-        v = (p[:, 1] - person["eye_y"]) / (0.62 * person["eye_width"] * views["opening"][i])
-        inside = (u * u + v * v < 1) & (p[:, 2] < 0) & hit & ~nose
-        front = person["axes"][2] * math.sqrt(1 - person["eye_x"] ** 2 - (person["eye_y"] / person["axes"][1]) ** 2)
-        centre = np.array([side * person["eye_x"], person["eye_y"], -front + 0.92 * person["eye_radius"]])
-        t, ball = hit_ellipsoid(origin[inside], direction, centre, person["eye_radius"])
-        angle = np.arccos((ball @ views["sight"][i]).clip(-1, 1))      # from the line of sight
-        eye = np.where((angle < person["iris_angle"])[:, None], person["iris"], [228, 224, 220])
-        eye = np.where((angle < 0.42 * person["iris_angle"])[:, None], [12, 10, 10], eye)
-        eye = eye * np.where(v[inside] < -0.55, 0.6, 1)[:, None]       # the shadow of the upper lid
-        color[inside] = np.where(np.isfinite(t)[:, None], eye, 0.5 * person["skin"])
-        normal[inside] = np.where(np.isfinite(t)[:, None], 0.5 * ball + 0.5 * normal[inside], normal[inside])
-
-    # light, colour of the light, blur, sensor
-    diffuse = (normal @ (turn.T @ views["light"][i])).clip(0)
-    shade = views["ambient"][i] + (1 - views["ambient"][i]) * diffuse
-    color = color * np.where(hit, shade, 1)[:, None] * views["exposure"][i] * views["tint"][i]
+    # light and its colour, blur, sensor
+    light = turn.T @ views["light"][i]
+    ambient = views["ambient"][i]
+    shade = ambient + (1 - ambient) * (normal @ light).clip(0)
+    shade[~(is_head | is_nose)] = 1
+    color = color * shade[:, None] * views["exposure"][i] * views["tint"][i]
     image = color.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
     image = blur(image, views["blur"][i] * size / 48)
-    image = image + rng.normal(0, style["noise"], image.shape)
+    image = image + rng.normal(0, style.noise, image.shape)
     return image.round().clip(0, 255).astype(np.uint8)
 
 
 def blur(image, sigma):
-    """Gaussian, separable; sigma in pixels."""
+    """Gaussian, along one axis after the other; sigma in pixels."""
     if sigma < 0.1:
         return image
     reach = math.ceil(3 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = kernel / kernel.sum()
     for axis in (0, 1):
-        padded = np.pad(image, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge")
+        border = [(0, 0)] * 3
+        border[axis] = (reach, reach)
+        padded = np.pad(image, border, mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, len(kernel), axis=axis)
         image = windows @ kernel
     return image
@@ -217,6 +283,7 @@ def blur(image, sigma):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # files
+
 
 def write_subject(job):
     """One subject's file. Its faces depend on the set, the seed and the subject's number only."""
@@ -230,14 +297,14 @@ def write_subject(job):
     faces = [render(person, views, i, style, rng, cfg.size) for i in range(cfg.n_faces)]
 
     columns = {
-        "face_patch": np.stack(faces)[..., ::-1],                      # BGR on disk, as published
+        "face_patch": np.stack(faces)[..., ::-1],              # BGR on disk, as published
         "face_gaze": views["gaze"].astype(np.float32),
         "face_head_pose": views["head"].astype(np.float32),
-        "face_mat_norm": np.repeat(np.eye(3, dtype=np.float32)[None], cfg.n_faces, axis=0),
     }
-    if style["layout"] == "xgaze":
-        columns["frame_index"] = np.arange(cfg.n_faces) // 18
-        columns["cam_index"] = np.arange(cfg.n_faces) % 18 + 1
+    if style.layout == "xgaze":
+        rows = np.arange(cfg.n_faces)
+        columns["frame_index"] = rows // 18
+        columns["cam_index"] = rows % 18 + 1
     write_h5(path, columns)
 
 
@@ -255,10 +322,13 @@ def claim_folder(cfg):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     claim_folder(cfg)
-    jobs = [(Path(cfg.out, "toy_xgaze", f"subject{i:04d}.h5"), "toy_xgaze", i, cfg) for i in range(cfg.n_xgaze)]
-    jobs += [(Path(cfg.out, "toy_mpii", f"p{i:02d}.h5"), "toy_mpii", i, cfg) for i in range(cfg.n_mpii)]
+    jobs = []
+    for i in range(cfg.n_xgaze):
+        jobs.append((Path(cfg.out, "toy_xgaze", f"subject{i:04d}.h5"), "toy_xgaze", i, cfg))
+    for i in range(cfg.n_mpii):
+        jobs.append((Path(cfg.out, "toy_mpii", f"p{i:02d}.h5"), "toy_mpii", i, cfg))
 
-    context = multiprocessing.get_context("spawn")                     # the same on every system
+    context = multiprocessing.get_context("spawn")             # the same on every system
     with context.Pool(cfg.n_workers) as pool:
         for _ in tqdm(pool.imap_unordered(write_subject, jobs), total=len(jobs), desc="rendering subjects"):
             pass
