@@ -228,11 +228,12 @@ def test_gazecapture_in_one_file_asks_for_the_converter(tmp_path):
 
 
 def test_an_empty_protocol_and_an_unknown_one_are_refused(monkeypatch):
-    monkeypatch.setitem(data.PROTOCOLS, "mine", ((), (), ()))
+    monkeypatch.setitem(data.PROTOCOLS, "mine", {"train": (), "val": (), "test": ()})
     with pytest.raises(ValueError, match="protocol=mine has no set to train on"):
         data.protocol("mine")
     with pytest.raises(ValueError, match="none of that name, only cross_xgaze"):
         data.protocol("cross")
+    assert data.protocol("mae")["test"] == ()
     with pytest.raises(ValueError, match="no set to read"):
         data.open_sets("anywhere", ())
 

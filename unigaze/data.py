@@ -105,29 +105,73 @@ EYEDIAP = ("eyediap_cs", "eyediap_ft")
 HALVES = ("mpiigaze_test", "eyediap_cs_test", "eyediap_ft_test")
 PRETRAINING = ("vggface2", "vfhq", "celebv", "sfhq_t2i", "facesyn", "ffhq_albedo_nv", "xgaze_mvs_dense")
 
-# name: (sets to train on, to validate on, to test on)
 PROTOCOLS = {
-    "cross_xgaze": (("xgaze_0_80sub_d3",), HALVES, ("gazecapture_test", "gaze360_test", "mpiigaze", *EYEDIAP)),
-    "cross_gazecapture": (("gazecapture_train_ds15", "gazecapture_test_ds15"), HALVES,
-                          ("xgaze_60_80sub_d3", "gaze360_test", "mpiigaze", *EYEDIAP)),
-    "cross_mpii": (("mpiigaze",), ("eyediap_cs_test", "eyediap_ft_test"),
-                   ("xgaze_60_80sub_d3", "gazecapture_test", "gaze360_test", *EYEDIAP)),
-    "cross_eyediap": (EYEDIAP, ("mpiigaze_test",),
-                      ("xgaze_60_80sub_d3", "gazecapture_test", "gaze360_test", "mpiigaze")),
-    "cross_gaze360": (("gaze360_train", "gaze360_test"), HALVES,
-                      ("xgaze_60_80sub_d3", "gazecapture_test", "mpiigaze", *EYEDIAP)),
-    "joint": (("xgaze_0_60sub_d3", "gazecapture_train_ds15", "mpiigaze_train", "eyediap_cs_train", "eyediap_ft_train",
-               "gaze360_train"), ("eyediap_cs_test", "eyediap_ft_test", "gaze360_test", "mpiigaze_test"),
-              ("xgaze_60_80sub", "gazecapture_test")),
-    "within_xgaze": (("xgaze_0_60sub_d3",), ("xgaze_60_80sub_d3",), ("xgaze_60_80sub",)),
-    "within_mpii": (("mpiigaze_train",), ("mpiigaze_test",), ("mpiigaze_test",)),
-    "within_gazecapture": (("gazecapture_train_ds15",), ("gazecapture_test_ds15",), ("gazecapture_test",)),
-    "within_gaze360": (("gaze360_train",), ("gaze360_test",), ("gaze360_test",)),
-    "within_eyediap": (("eyediap_cs_train", "eyediap_ft_train"), ("eyediap_cs_test", "eyediap_ft_test"),
-                       ("eyediap_cs_test", "eyediap_ft_test")),
-    "mae": (PRETRAINING, (), ()),
-    "toy": (("toy_xgaze_train",), ("toy_xgaze_test",), ("toy_mpii_test",)),
-    "toy_mae": (("toy_xgaze_train", "toy_mpii_train"), (), ()),
+    # train on one set, test on all others
+    "cross_xgaze": {
+        "train": ("xgaze_0_80sub_d3",),
+        "val": HALVES,
+        "test": ("gazecapture_test", "gaze360_test", "mpiigaze", *EYEDIAP),
+    },
+    "cross_gazecapture": {
+        "train": ("gazecapture_train_ds15", "gazecapture_test_ds15"),
+        "val": HALVES,
+        "test": ("xgaze_60_80sub_d3", "gaze360_test", "mpiigaze", *EYEDIAP),
+    },
+    "cross_mpii": {
+        "train": ("mpiigaze",),
+        "val": ("eyediap_cs_test", "eyediap_ft_test"),
+        "test": ("xgaze_60_80sub_d3", "gazecapture_test", "gaze360_test", *EYEDIAP),
+    },
+    "cross_eyediap": {
+        "train": EYEDIAP,
+        "val": ("mpiigaze_test",),
+        "test": ("xgaze_60_80sub_d3", "gazecapture_test", "gaze360_test", "mpiigaze"),
+    },
+    "cross_gaze360": {
+        "train": ("gaze360_train", "gaze360_test"),
+        "val": HALVES,
+        "test": ("xgaze_60_80sub_d3", "gazecapture_test", "mpiigaze", *EYEDIAP),
+    },
+
+    # train on all, test on what none has seen
+    "joint": {
+        "train": ("xgaze_0_60sub_d3", "gazecapture_train_ds15", "mpiigaze_train", "eyediap_cs_train",
+                  "eyediap_ft_train", "gaze360_train"),
+        "val": ("eyediap_cs_test", "eyediap_ft_test", "gaze360_test", "mpiigaze_test"),
+        "test": ("xgaze_60_80sub", "gazecapture_test"),
+    },
+
+    # within one set; older than the paper
+    "within_xgaze": {
+        "train": ("xgaze_0_60sub_d3",),
+        "val": ("xgaze_60_80sub_d3",),
+        "test": ("xgaze_60_80sub",),
+    },
+    "within_mpii": {
+        "train": ("mpiigaze_train",),
+        "val": ("mpiigaze_test",),
+        "test": ("mpiigaze_test",),
+    },
+    "within_gazecapture": {
+        "train": ("gazecapture_train_ds15",),
+        "val": ("gazecapture_test_ds15",),
+        "test": ("gazecapture_test",),
+    },
+    "within_gaze360": {
+        "train": ("gaze360_train",),
+        "val": ("gaze360_test",),
+        "test": ("gaze360_test",),
+    },
+    "within_eyediap": {
+        "train": ("eyediap_cs_train", "eyediap_ft_train"),
+        "val": ("eyediap_cs_test", "eyediap_ft_test"),
+        "test": ("eyediap_cs_test", "eyediap_ft_test"),
+    },
+
+    # pre-training without labels, and the toy
+    "mae": {"train": PRETRAINING, "val": (), "test": ()},
+    "toy": {"train": ("toy_xgaze_train",), "val": ("toy_xgaze_test",), "test": ("toy_mpii_test",)},
+    "toy_mae": {"train": ("toy_xgaze_train", "toy_mpii_train"), "val": (), "test": ()},
 }
 
 
@@ -135,10 +179,9 @@ def protocol(name):
     """{"train": names, "val": names, "test": names} of the sets in SETS that a protocol uses."""
     if name not in PROTOCOLS:
         raise ValueError(f"protocol={name}: there is none of that name, only {', '.join(PROTOCOLS)}")
-    train, val, test = PROTOCOLS[name]
-    if not train:
+    if not PROTOCOLS[name]["train"]:
         raise ValueError(f"protocol={name} has no set to train on: name one in PROTOCOLS of unigaze/data.py")
-    return {"train": train, "val": val, "test": test}
+    return PROTOCOLS[name]
 
 
 def open_set(root, name, size=224, labelled=True, seed=0):
@@ -162,14 +205,14 @@ def list_subjects(folder, split, name):
     """Paths of the split's files. FileNotFoundError names what is missing."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: the set {name} is a folder of .h5 files there (or a link)")
-    there = sorted(path.stem for path in folder.glob("*.h5") if not path.name.startswith("."))
+    there = [path.stem for path in sorted(folder.glob("*.h5")) if not path.name.startswith(".")]
+    if not there:
+        raise FileNotFoundError(f"{folder}: there is no .h5 file for the set {name}")
     subjects = there if split.subjects is None else split.subjects
-    missing = sorted(set(subjects) - set(there))
+    missing = [f"{subject}.h5" for subject in subjects if subject not in there]
     if missing:
         raise FileNotFoundError(f"{folder}: {len(missing)} of the {len(subjects)} subjects of {name} are missing: "
-                                f"{', '.join(f'{subject}.h5' for subject in missing[:5])}")
-    if not subjects:
-        raise FileNotFoundError(f"{folder}: there is no .h5 file for the set {name}")
+                                f"{', '.join(missing[:5])}")
     if split.count and len(subjects) != split.count:
         warnings.warn(f"{folder}: {len(subjects)} subjects, the published {name} has {split.count}", stacklevel=4)
     return [folder / f"{subject}.h5" for subject in subjects]
@@ -186,22 +229,26 @@ def inspect_file(path, labelled):
     """Number of faces in a file. FaceError if it holds none, or what no reader could use."""
     with open_file(path) as file:
         if "face_patch" not in file:
-            hint = "groups of persons: convert it, python -m unigaze.convert gazecapture" if any(
-                isinstance(value, h5py.Group) for value in file.values()) else ", ".join(file) or "nothing"
-            raise FaceError(f"{path}: has no face_patch, only {hint}")
+            is_grouped = any(isinstance(value, h5py.Group) for value in file.values())
+            hint = "groups of persons: convert it, python -m unigaze.convert gazecapture"
+            raise FaceError(f"{path}: has no face_patch, only {hint if is_grouped else ', '.join(file) or 'nothing'}")
         patch = file["face_patch"]
-        if patch.ndim != 4 or patch.shape[-1] != 3 or patch.shape[1] != patch.shape[2] or patch.dtype != np.uint8:
+        n = len(patch)
+        is_square = patch.ndim == 4 and patch.shape[1] == patch.shape[2] and patch.shape[3] == 3
+        if not is_square or patch.dtype != np.uint8:
             raise FaceError(f"{path}: face_patch is {patch.dtype} of shape {patch.shape}, not uint8 (n, S, S, 3)")
+
         if labelled and "face_gaze" not in file:
             raise FaceError(f"{path}: has no face_gaze, so there is nothing to train or test on")
-
         for name in ("face_gaze", "face_head_pose"):
-            if name in file and file[name].shape != (len(patch), 2):
-                raise FaceError(f"{path}: {name} has shape {file[name].shape}, not ({len(patch)}, 2) as face_patch")
-        if labelled and len(patch):
-            rows = np.unique(np.linspace(0, len(patch) - 1, 32).astype(int))   # all would take minutes for XGaze
-            check_angles(file["face_gaze"][rows], path)
-        return len(patch)
+            if name in file and file[name].shape != (n, 2):
+                raise FaceError(f"{path}: {name} has shape {file[name].shape}, not ({n}, 2) as face_patch")
+
+        # a sample of the labels: all of XGaze's would take minutes
+        if labelled and n:
+            rows = np.linspace(0, n - 1, 32).astype(int)
+            check_angles(file["face_gaze"][np.unique(rows)], path)
+        return n
 
 
 def check_angles(gaze, path):
@@ -231,13 +278,23 @@ class Faces(torch.utils.data.Dataset):
         self.split = split or Split(str(folder))
         self.name, self.size, self.labelled = name, size, labelled
         self.paths = list_subjects(Path(folder), self.split, name)
+
+        # of every face the file it is in, and its row there
         generator = random.Random(seed)
-        rows = [choose_rows(inspect_file(path, labelled), self.split, generator) for path in self.paths]
-        self.files = np.repeat(np.arange(len(rows)), [len(r) for r in rows])   # which file each face is in
-        self.rows = np.concatenate(rows).astype(np.int64)                      # and its row there
+        files = []
+        rows = []
+        for number, path in enumerate(self.paths):
+            chosen = choose_rows(inspect_file(path, labelled), self.split, generator)
+            files.append(np.full(len(chosen), number))
+            rows.append(chosen)
+        self.files = np.concatenate(files)
+        self.rows = np.concatenate(rows)
         if not len(self.rows):
             raise FaceError(f"{folder}: the {len(self.paths)} files of {name} hold no faces to use")
-        self.open, self.process, self.warned = OrderedDict(), os.getpid(), set()
+
+        self.open = OrderedDict()                            # number of a file -> its columns
+        self.process = os.getpid()
+        self.warned = set()
 
     def __len__(self):
         return len(self.rows)
@@ -251,52 +308,68 @@ class Faces(torch.utils.data.Dataset):
     def columns(self, number):
         """The data sets of file `number`, open."""
         if self.process != os.getpid():                      # a forked worker: what its parent opened is not its own
-            self.open, self.process = OrderedDict(), os.getpid()
+            self.open = OrderedDict()
+            self.process = os.getpid()
         if number not in self.open:
             if len(self.open) >= MAX_OPEN:
-                self.open.popitem(last=False)[1]["face_patch"].file.close()
+                _, oldest = self.open.popitem(last=False)
+                oldest["face_patch"].file.close()
             file = open_file(self.paths[number])
             self.open[number] = {name: file[name] for name in COLUMNS if name in file}
         self.open.move_to_end(number)
         return self.open[number]
 
     def read(self, number, row):
-        """Image, gaze and head pose of one row of file `number`."""
+        """Image (size, size, 3) RGB, gaze (2,) and head pose (2,) of one row of file `number`."""
         path = self.paths[number]
+        angles = {"face_gaze": np.full(2, np.nan), "face_head_pose": np.full(2, np.nan)}
         try:
             columns = self.columns(number)
-            image = columns["face_patch"][row]                                 # (S, S, 3)
-            gaze = columns["face_gaze"][row] if "face_gaze" in columns else np.full(2, np.nan)
-            head = columns["face_head_pose"][row] if "face_head_pose" in columns else np.full(2, np.nan)
-        except (OSError, KeyError, RuntimeError) as error:                     # what h5py makes of damaged bytes
+            image = columns["face_patch"][row]
+            for name in angles:
+                if name in columns:
+                    angles[name] = columns[name][row].astype(np.float32)
+        except (OSError, KeyError, RuntimeError) as error:   # what h5py makes of damaged bytes
             raise FaceError(f"{path}: face {row} cannot be read ({error})") from error
+
         if self.labelled:
-            check_angles(gaze, path)
+            check_angles(angles["face_gaze"], path)
         if self.split.color == "bgr":
             image = image[..., ::-1]
-        return resize(image, self.size), gaze, head
+        return resize(image, self.size), angles["face_gaze"], angles["face_head_pose"]
 
     def __getitem__(self, index):
-        i, unreadable = index % len(self), []
+        i = index % len(self)
+        unreadable = []
         for _ in range(min(MAX_FAILURES, len(self))):
-            number, row = int(self.files[i]), int(self.rows[i])
+            number = int(self.files[i])
+            row = int(self.rows[i])
+            path = self.paths[number]
             try:
                 image, gaze, head = self.read(number, row)
                 break
             except FaceError as error:
-                unreadable.append(str(self.paths[number]))
-                if self.paths[number] not in self.warned:
-                    self.warned.add(self.paths[number])
+                unreadable.append(str(path))
+                if path not in self.warned:
+                    self.warned.add(path)
                     warnings.warn(f"skipped, a face of the next file is used instead: {error}", stacklevel=2)
                 i = np.searchsorted(self.files, number, side="right") % len(self)
         else:
             raise FaceError(f"{len(unreadable)} faces in a row are unreadable, first in {unreadable[0]}")
 
-        return {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-                "gaze": torch.from_numpy(gaze.astype(np.float32)), "head": torch.from_numpy(head.astype(np.float32)),
-                "key": f"{self.name}/{self.paths[number].stem}/{row}", "set": self.name,
-                "path": str(self.paths[number]), "subject": number, "row": row, "index": index,
-                "unreadable": unreadable}
+        image = np.ascontiguousarray(image.transpose(2, 0, 1))
+        return {
+            "image": torch.from_numpy(image),
+            "gaze": torch.as_tensor(gaze, dtype=torch.float32),
+            "head": torch.as_tensor(head, dtype=torch.float32),
+            "key": f"{self.name}/{path.stem}/{row}",
+            "set": self.name,
+            "path": str(path),
+            "subject": number,
+            "row": row,
+            "index": index,
+            "unreadable": unreadable,
+        }
 
 
 class Concat(torch.utils.data.Dataset):
@@ -320,14 +393,15 @@ class Concat(torch.utils.data.Dataset):
 
 def choose_rows(n, split, generator):
     """Rows of a file with n faces that a split uses, ascending."""
+    first, last = split.frames or (0, n)
     if split.views:
-        # published: three random cameras of each frame, an unfinished last frame left out
-        first, last = split.frames or (0, n)
-        frames = range(first, min(last, n // XGAZE_CAMERAS))
-        rows = [XGAZE_CAMERAS * t + camera for t in frames
-                for camera in sorted(generator.sample(range(XGAZE_CAMERAS), split.views))]
+        # published: random cameras of each frame, an unfinished last frame left out
+        rows = []
+        for t in range(first, min(last, n // XGAZE_CAMERAS)):
+            cameras = generator.sample(range(XGAZE_CAMERAS), split.views)
+            rows += [XGAZE_CAMERAS * t + camera for camera in sorted(cameras)]
     elif split.frames:
-        rows = range(XGAZE_CAMERAS * split.frames[0], min(n, XGAZE_CAMERAS * split.frames[1]))
+        rows = range(XGAZE_CAMERAS * first, min(n, XGAZE_CAMERAS * last))
     else:
         rows = range(n)
     if split.share < 1:
@@ -353,34 +427,47 @@ def collate(items):
 def check(root, names, picture="check.png"):
     """Print what there is of the sets `names` under `root`, write the first face of each with its arrow to
     `picture`, and return the list of complaints."""
-    complaints, faces = [], {}
+    complaints = []
+    titles = []
+    faces = []
     print(f"{'set':24} {'subjects':>8} {'faces':>9} {'pixels':>6}   gaze: pitch, yaw in degrees (mean ± std)")
     for name in names:
         labelled = name not in PRETRAINING
         try:
             found = open_set(root, name, None, labelled)
-            rows = np.unique(np.linspace(0, len(found) - 1, 256).astype(int))
-            batch = collate([found[int(i)] for i in rows])
+            rows = np.linspace(0, len(found) - 1, 256).astype(int)
+            batch = collate([found[int(i)] for i in np.unique(rows)])
         except (FaceError, OSError) as error:
             print(f"{name:24} {error}")
             complaints.append(f"{name}: {error}")
             continue
 
+        # what it holds, in a line
         gaze = np.degrees(batch["gaze"].numpy())
-        spread = ", ".join(f"{mean:.1f} ± {std:.1f}" for mean, std in zip(gaze.mean(0), gaze.std(0), strict=True))
+        pitch, yaw = gaze.mean(axis=0)
+        pitch_std, yaw_std = gaze.std(axis=0)
+        spread = f"{pitch:.1f} ± {pitch_std:.1f}, {yaw:.1f} ± {yaw_std:.1f}" if labelled else "no labels"
         side = batch["image"].shape[-1]
-        print(f"{name:24} {len(found.paths):8} {len(found):9} {side:6}   {spread if labelled else 'no labels'}")
+        print(f"{name:24} {len(found.paths):8} {len(found):9} {side:6}   {spread}")
+
+        # what seems wrong with it
         for text in find_mistakes(batch, labelled):
             print(f"{'':24} {text}")
             complaints.append(f"{name}: {text}")
-        image = batch["image"][0].permute(1, 2, 0).numpy()
-        faces[name] = (video_out.resize(image, 224, 224), gaze[0])
 
-    pictures = [video_out.draw_arrow(image, (112, 112), 112 + arrow_on_crop(np.nan_to_num(np.radians(angles)), 224))
-                for image, angles in faces.values()]
-    if pictures:
-        titles = [f"{name}: {pitch:.0f}, {yaw:.0f}" for name, (_, (pitch, yaw)) in faces.items()]
-        video_out.contact_sheet(picture, {"first face": pictures}, titles, cell=224)
+        # its first face
+        image = batch["image"][0].permute(1, 2, 0).numpy()
+        image = video_out.resize(image, 224, 224)
+        title = name
+        if labelled:
+            tip = arrow_on_crop(np.radians(gaze[0]), 224)
+            image = video_out.draw_arrow(image, (112, 112), 112 + tip)
+            title = f"{name}: {gaze[0, 0]:.0f}, {gaze[0, 1]:.0f}"
+        faces.append(image)
+        titles.append(title)
+
+    if faces:
+        video_out.contact_sheet(picture, {"first face": faces}, titles, cell=224)
         print(f"{picture}: the first face of each set with its label; the arrow must lead to where the eyes look")
     return complaints
 
@@ -390,14 +477,16 @@ def find_mistakes(batch, labelled):
     complaints = []
     images = batch["image"].numpy().astype(np.float64)                         # (n, 3, S, S)
     S = images.shape[-1]
-    red, _, blue = images[:, :, S // 3:2 * S // 3, S // 4:3 * S // 4].mean(axis=(0, 2, 3))
+    middle = images[:, :, S // 3:2 * S // 3, S // 4:3 * S // 4]
+    red, _, blue = middle.mean(axis=(0, 2, 3))
     if blue > red + 3:
         complaints.append(f"skin is more blue ({blue:.0f}) than red ({red:.0f}): is the order on disk the other one? "
                           "(color of this set in SETS)")
     if not labelled:
         return complaints
 
-    yaw, head = batch["gaze"][:, 1].numpy(), batch["head"][:, 1].numpy()
+    yaw = batch["gaze"][:, 1].numpy()
+    head = batch["head"][:, 1].numpy()
     if np.isnan(head).any():
         return complaints
     together = correlation(yaw, head)
@@ -405,8 +494,9 @@ def find_mistakes(batch, labelled):
         complaints.append(f"yaw of gaze and of head have opposite signs (correlation {together:.2f}): one is mirrored")
 
     # heads that face the camera: their irises must lie where the eyes are turned to
-    frontal = np.abs(head) < 0.35
-    turned = correlation((yaw - head)[frontal], iris_offset(images[frontal].mean(axis=1)))
+    is_frontal = np.abs(head) < 0.35
+    offset = iris_offset(images[is_frontal].mean(axis=1))
+    turned = correlation((yaw - head)[is_frontal], offset)
     if turned > 0.25:
         complaints.append(f"eyes look to the other side than their labels (correlation {turned:.2f}): pictures or yaw "
                           "are mirrored; positive yaw is to the left of the picture")
@@ -427,9 +517,11 @@ def iris_offset(grey):
     total = 0
     for left, right in ((0.19, 0.38), (0.62, 0.81)):
         eye = grey[:, round(0.30 * S):round(0.45 * S), round(left * S):round(right * S)]
-        dark = (np.median(eye, axis=(1, 2), keepdims=True) - eye).clip(0)
+        middle_grey = np.median(eye, axis=(1, 2), keepdims=True)
+        dark = (middle_grey - eye).clip(0)
         x = np.linspace(-1, 1, eye.shape[2])
-        total = total + (dark * x).sum(axis=(1, 2)) / (dark.sum(axis=(1, 2)) + 1e-9)
+        moment = (dark * x).sum(axis=(1, 2))
+        total = total + moment / (dark.sum(axis=(1, 2)) + 1e-9)
     return total / 2
 
 

@@ -62,8 +62,9 @@ class MediaPipe:
     def __call__(self, image):
         found = self.detect(image)
         if self.small_faces:
-            for left, top, part in split(image):
-                found += [(box + [left, top] * 2, eyes + [left, top], score) for box, eyes, score in self.detect(part)]
+            for corner, part in split(image):
+                for box, eyes, score in self.detect(part):
+                    found.append((box + np.tile(corner, 2), eyes + corner, score))
         if not found:
             # a face that fills the picture is found when it is made smaller
             found = self.detect(image, share=0.5)
@@ -83,17 +84,20 @@ class MediaPipe:
         # the whole picture in the upper left of a square
         height, width = image.shape[:2]
         scale = share * DETECTOR_SIZE / max(height, width)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        small = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+        small_width = max(1, round(width * scale))
+        small_height = max(1, round(height * scale))
+        small = Image.fromarray(image).resize((small_width, small_height), Image.BILINEAR)
         square = np.zeros((DETECTOR_SIZE, DETECTOR_SIZE, 3), dtype=np.float32)
-        square[:size[1], :size[0]] = small
+        square[:small_height, :small_width] = np.asarray(small)
         raw, logits = run(self.detector, square / 127.5 - 1)
 
         # what each cell says, relative to its centre, in pixels of the square
         scores = 1 / (1 + np.exp(-logits.reshape(-1).clip(-50, 50)))
         found = np.flatnonzero(scores > MIN_SCORE)
         cell = DETECTOR_SIZE / GRID
-        centres = np.stack([found % GRID + 0.5, found // GRID + 0.5], axis=1) * cell
+        column = found % GRID
+        row = found // GRID
+        centres = cell * np.stack([column + 0.5, row + 0.5], axis=1)
         raw = raw.reshape(GRID * GRID, 16)[found]
         middle = raw[:, :2] + centres
         half = raw[:, 2:4] / 2
@@ -131,18 +135,21 @@ def run(network, picture):
 
 
 def split(image):
-    """Yield (left, top, part) of nine parts, half as high and wide as the image, that overlap by half."""
+    """Yield (corner (2,): left and top, part) of nine parts, half as high and wide as the image, that overlap by
+    half."""
     height, width = image.shape[:2]
     for top in (0, height // 4, height // 2):
         for left in (0, width // 4, width // 2):
-            yield left, top, np.ascontiguousarray(image[top:top + height // 2, left:left + width // 2])
+            part = image[top:top + height // 2, left:left + width // 2]
+            yield np.array([left, top]), np.ascontiguousarray(part)
 
 
 def keep_best(found):
     """Of detections that overlap the one with the highest score."""
     kept = []
     for candidate in sorted(found, key=lambda item: -item[2]):
-        if all(overlap(candidate[0], other[0]) <= MAX_OVERLAP for other in kept):
+        overlaps = [overlap(candidate[0], other[0]) for other in kept]
+        if max(overlaps, default=0) <= MAX_OVERLAP:
             kept.append(candidate)
     return kept
 
