@@ -87,9 +87,10 @@ class Config:
     def is_live(self):
         if self.live is not None:
             return self.live
+        if self.video == "-" or self.video.startswith("pipe:") or "://" in self.video:
+            return True
         path = Path(self.video)
-        is_file = path.is_file() or path.is_dir() or not path.exists()
-        return "://" in self.video or self.video.startswith("pipe:") or not is_file
+        return path.exists() and not path.is_file() and not path.is_dir()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,13 +112,16 @@ def probe(path):
 
 def choose_frames(cfg, rate, end=math.inf):
     """Indices below `end` of the source frames to look at, one by one, ascending: with fps those that show then."""
-    if cfg.fps and cfg.fps > 1.01 * rate:  # 30 of 29.97 is meant to be all
-        raise ValueError(f"fps={cfg.fps:g} is above the video's {float(rate):.4g}: lower it")
-    step = max(1, rate / Fraction(cfg.fps).limit_denominator(10_000)) if cfg.fps else 1
+    step = 1
+    if cfg.fps:
+        if cfg.fps > 1.01 * rate:  # 30 of 29.97 is meant to be all
+            raise ValueError(f"fps={cfg.fps:g} is above the video's {float(rate):.4g}: lower it")
+        step = max(1, rate / Fraction(cfg.fps).limit_denominator(10_000))
 
     first = round(cfg.start * rate)
     if cfg.duration:
-        end = min(end, first + max(1, round(cfg.duration * rate)))
+        n = max(1, round(cfg.duration * rate))
+        end = min(end, first + n)
     for k in range(cfg.max_frames or sys.maxsize):
         i = first + math.floor(k * step)
         if i >= end:
@@ -261,13 +265,15 @@ class View:
         if not self.is_tiled:
             top, left, side = self.crop
             image = image[top:top + side, left:left + side]
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)
-        picture = resize(pixels, self.panel)[0].permute(1, 2, 0).contiguous().numpy()
-
+        pixels = torch.from_numpy(np.ascontiguousarray(image))
+        pixels = pixels.permute(2, 0, 1).unsqueeze(0)
+        picture = resize(pixels, self.panel)[0]
         frame = to_model_pixels(resize(pixels, self.size))[0]
+
         below = self.tiling.size[0] - self.size[0]
         right = self.tiling.size[1] - self.size[1]
-        return F.pad(frame, (0, right, 0, below)), picture
+        frame = F.pad(frame, (0, right, 0, below))
+        return frame, picture.permute(1, 2, 0).contiguous().numpy()
 
     def draw(self, picture, frame, where, labels, reconstruction=None):
         """One frame of the overlay. where: of its gazes, see gazing.locate; labels: a text per panel."""
@@ -355,7 +361,8 @@ def look_at_file(cfg, gaze, mae, view, indices, device, stop):
             reconstruction, loss = mae(video, gazing.to_device(chosen, device), range(len(chunk)))
 
         for t, (positions, padded) in enumerate(gazing.split_frames(chosen)):
-            looked = {"source_frame": chunk[t][0], "frame": cuts[t][0], "picture": cuts[t][1], "ms": ms}
+            frame, picture = cuts[t]
+            looked = {"source_frame": chunk[t][0], "frame": frame, "picture": picture, "ms": ms}
             looked["ids"] = positions[~padded] - view.num_ids * t
             if mae is not None:
                 looked["reconstruction"] = reconstruction[0, t].cpu()
@@ -389,32 +396,41 @@ def look_live(cfg, gaze, view, frames, device):
 # the files
 
 
+def label_panels(view, rate, frame, where):
+    """What stands above the panels of a frame of the overlay, and the number of gazes of each scale."""
+    n_gazes = len(frame["ids"])
+    per_scale = where["scale"][0].bincount(minlength=len(view.grids)).tolist()
+    seconds = float(frame["source_frame"] / rate)
+    ratio = 100 * n_gazes / view.num_ids
+
+    labels = [f"frame {frame['source_frame']}  {seconds:.2f} s  {ratio:.1f} % gazed"]
+    for s, side in enumerate(view.config.scale_list):
+        n_patches = math.prod(view.grids[s])
+        labels.append(f"scale {side} px: {per_scale[s]} of {n_patches}")
+    if "loss" in frame:
+        labels.append(f"reconstruction, loss {frame['loss']:.3f}")
+    return labels, per_scale
+
+
 def write_frames(cfg, view, rate, looked, total, out):
     """Write overlay.mp4 and sheet.png while frames come. Returns what gaze.npz and gaze.json are made of, per frame."""
-    config = view.config
     rows = []   # without pictures: a long video stays small in memory
     shown = []  # the first chunk, with the overlay's frames
     with video_out.VideoWriter(out / "overlay.mp4", cfg.fps or rate) as film:
         for frame in tqdm(looked, total=total, unit="frame"):
             one = gazing.from_lists([frame["ids"].unsqueeze(0)], view.num_ids, "cpu")
-            where = gazing.locate(one, config, crop=(0, 0, view.drawn_tile), grids=view.grids)
-            per_scale = where["scale"][0].bincount(minlength=len(view.grids)).tolist()
-
-            # what stands above the panels
-            seconds = float(frame["source_frame"] / rate)
-            ratio = 100 * len(frame["ids"]) / view.num_ids
-            labels = [f"frame {frame['source_frame']}  {seconds:.2f} s  {ratio:.1f} % gazed"]
-            for s, side in enumerate(config.scale_list):
-                labels.append(f"scale {side} px: {per_scale[s]} of {math.prod(view.grids[s])}")
-            if "loss" in frame:
-                labels.append(f"reconstruction, loss {frame['loss']:.3f}")
-
+            where = gazing.locate(one, view.config, crop=(0, 0, view.drawn_tile), grids=view.grids)
+            labels, per_scale = label_panels(view, rate, frame, where)
             drawn = view.draw(frame["picture"], frame["frame"], where, labels, frame.get("reconstruction"))
             film.write(drawn)
-            if len(shown) < config.max_num_frames:
+
+            if len(shown) < view.config.max_num_frames:
                 shown.append(frame | {"drawn": drawn})
-            kept = {key: frame[key] for key in ("source_frame", "ids", "ms", "loss") if key in frame}
-            rows.append(kept | {"per_scale": per_scale})
+            row = {"per_scale": per_scale}
+            for key in ("source_frame", "ids", "ms", "loss"):
+                if key in frame:
+                    row[key] = frame[key]
+            rows.append(row)
     write_sheet(cfg, view, shown, out / "sheet.png")
     return rows
 
@@ -438,28 +454,39 @@ def write_numbers(cfg, view, rate, rows, out):
     config = view.config
     whole = gazing.from_lists([row["ids"].unsqueeze(0) for row in rows], view.num_ids, "cpu")
     arrays = {key: tensor.numpy() for key, tensor in whole.items()}
-    arrays |= {"source_frame": np.array([row["source_frame"] for row in rows]), "source_size": view.source_size,
-               "crop": view.crop, "grids": view.grids, "scales": config.scales, "patch_size": config.patch_size}
+    arrays["source_frame"] = np.array([row["source_frame"] for row in rows])
+    arrays["source_size"] = view.source_size
+    arrays["crop"] = view.crop
+    arrays["grids"] = view.grids
+    arrays["scales"] = config.scales
+    arrays["patch_size"] = config.patch_size
     if "loss" in rows[0]:
         arrays["loss"] = np.array([row["loss"] for row in rows])
     np.savez(out / ".gaze.npz", **arrays)
     os.replace(out / ".gaze.npz", out / "gaze.npz")
 
     # the same in numbers
-    counts = [len(row["ids"]) for row in rows]
-    per_scale = np.sum([row["per_scale"] for row in rows], axis=0) / max(sum(counts), 1)
-    ms = [row["ms"] for row in rows]
+    n = len(rows)
+    counts = np.array([len(row["ids"]) for row in rows])
+    per_scale = np.array([row["per_scale"] for row in rows]).sum(0)
+    ms = np.array([row["ms"] for row in rows])
     numbers = {"model": model.describe(config), "source_size": view.source_size, "source_fps": float(rate)}
-    numbers["frames"] = len(rows)
-    numbers["ratio"] = sum(counts) / (len(rows) * view.num_ids)
-    numbers["gazes_per_frame"] = {"mean": sum(counts) / len(rows), "min": min(counts), "max": max(counts)}
-    numbers["share_per_scale"] = dict(zip(map(str, config.scale_list), per_scale.tolist(), strict=True))
-    numbers["ms_per_frame"] = {f"{q} %": round(float(np.percentile(ms, q)), 2) for q in (50, 90, 99, 100)}
+    numbers["frames"] = n
+    numbers["ratio"] = counts.sum() / (n * view.num_ids)
+    numbers["gazes_per_frame"] = {"mean": counts.mean(), "min": int(counts.min()), "max": int(counts.max())}
+    numbers["share_per_scale"] = {}
+    for s, side in enumerate(config.scale_list):
+        numbers["share_per_scale"][str(side)] = per_scale[s] / max(counts.sum(), 1)
+    numbers["ms_per_frame"] = {}
+    for q in (50, 90, 99, 100):
+        numbers["ms_per_frame"][f"{q} %"] = round(np.percentile(ms, q), 2)
     if "loss" in arrays:
-        numbers["reconstruction_loss"] = float(arrays["loss"].mean())
-    for key, value in numbers.items():
-        print(f"{key}: {value}")
-    write_whole(out / "gaze.json", json.dumps({"settings": asdict(cfg)} | numbers, indent=1) + "\n")
+        numbers["reconstruction_loss"] = arrays["loss"].mean()
+    text = json.dumps({"settings": asdict(cfg)} | numbers, indent=1, default=float)
+    write_whole(out / "gaze.json", text + "\n")
+    for key, value in json.loads(text).items():
+        if key != "settings":
+            print(f"{key}: {value}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,7 +495,7 @@ def write_numbers(cfg, view, rate, rows, out):
 @torch.no_grad()
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    live = cfg.is_live() or cfg.video == "-"
+    live = cfg.is_live()
     if live and (cfg.videomae or cfg.scale):
         raise ValueError("live frames are gazed at in their centre square: leave out --scale, --videomae")
     if cfg.scale and cfg.videomae:
@@ -499,8 +526,8 @@ def main():
             total = len(indices)
 
         height, width = view.source_size
-        print(f"{cfg.video}: {width}x{height}, {float(rate):.4g} fps; {view}; "
-              + (f"{total} of {n_source} frames" if total else "live") + "; Ctrl-C ends")
+        amount = f"{total} of {n_source} frames" if total else "live"
+        print(f"{cfg.video}: {width}x{height}, {float(rate):.4g} fps; {view}; {amount}; Ctrl-C ends")
         out = Path(cfg.out or f"out/gaze/{Path(cfg.video).stem}")
         rows = write_frames(cfg, view, rate, looked, total, out)
         write_numbers(cfg, view, rate, rows, out)
