@@ -111,4 +111,3 @@ fi
 
 echo "pictures:"
 ls "$OUT"/*/*.png
-echo "report: $OUT/report.json"

@@ -25,7 +25,7 @@ import torch
 
 import model
 from data import Clips, collate, to_model_pixels
-from gazing import draw_ratio, last_slots, one_clip, parse_alpha, rows, sheet, split_frames, split_ratio, to_device
+from gazing import draw_ratio, last_slots, one_clip, parse_alpha, rows, sheet, split_frames, split_ratio
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
@@ -186,10 +186,11 @@ def discounted_advantages(advantage, frames, gazing, gamma):
     ends = gazing["num_gazing_each_frame"].cumsum(0).tolist()
 
     out = torch.zeros(real.shape, device=advantage.device)
-    for f, of_frame in zip(frames, advantage.unbind(dim=1), strict=True):
-        end = ends[f]
-        n_after = count[:, end - 1:end] - count[:, :end]
-        out[:, :end] += of_frame.unsqueeze(1) * gamma ** n_after * real[:, :end]
+    for i, frame in enumerate(frames):
+        end = ends[frame]
+        n_after = count[:, end - 1:end] - count[:, :end]                 # real slots between this one and the end
+        weight = gamma ** n_after * real[:, :end]
+        out[:, :end] += advantage[:, i:i + 1] * weight
     return out
 
 
@@ -250,15 +251,16 @@ def validate(gaze, mae, loader, ratios, cfg, device):
         n_clips += len(video)
 
         if example is None:
-            first = one_clip(gazing, 0)
-            painted = None
+            reconstruction = None
             if isinstance(mae, VideoMAE):
-                painted = mae.reconstruct(video[:1], to_device(first, device), frames)[0]
-            example = video[0], first, painted
+                reconstruction = mae.reconstruct(video[:1], rows(gazing, 0), frames)[0]
+            example = video[0], one_clip(gazing, 0), reconstruction
 
     reward_sum, predicted_sum, ratio_sum, n_clips = run.all_sum(reward_sum, predicted_sum, ratio_sum, n_clips)
-    metrics = {"val_reward": reward_sum / n_clips, "val_predicted": predicted_sum / n_clips,
-               "val_ratio": ratio_sum / n_clips}
+    metrics = {
+        "val_reward": reward_sum / n_clips,
+        "val_predicted": predicted_sum / n_clips,
+        "val_ratio": ratio_sum / n_clips}
     return metrics, example
 
 
@@ -311,12 +313,14 @@ def main():
     optimizer = make_optimizer(cfg.optimizer, gaze, cfg.lr)
     ddp, sync, autocast, scaler, precision = run.prepare(gaze, optimizer, cfg, world, device, resumed)
     n_rewarded = int(cfg.recon_sample_rate * cfg.n_frames)
+    n_parameters = count_parameters(gaze) / 1e6
+    n_epochs = total * cfg.batch_size / len(train)
     log = Log(cfg, rank, world, device, [
-        f"Gaze {model.describe(gaze.config)}; {count_parameters(gaze) / 1e6:.2f} M parameters",
+        f"Gaze {model.describe(gaze.config)}; {n_parameters:.2f} M parameters",
         f"reconstructor: {count_parameters(mae) / 1e6:.2f} M parameters, frozen" if mae else "no reconstructor",
-        f"{sampler.arithmetic}, {cfg.group_size} rollouts each, {n_rewarded} rewarded frames; "
-        f"{total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
-        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8",
+        f"{sampler.arithmetic}, {cfg.group_size} rollouts each, {n_rewarded} rewarded frames",
+        f"{total} steps = {n_epochs:.1f} epochs of {len(train)} clips; {n_val} clips for validation",
+        f"a clip: {cfg.n_frames} frames of 3 x {R} x {R} uint8",
         precision], start)
 
     # ---- loop
@@ -332,8 +336,8 @@ def main():
             best = keep_best(gaze, out, -metrics["val_reward"], best, rank)
             if rank == 0:
                 video, gazing, reconstruction = example
-                title = f"GRPO, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-                sheet(out / "val.png", video, gazing, gaze.config, reconstruction=reconstruction, title=title)
+                sheet(out / "val.png", video, gazing, gaze.config, reconstruction=reconstruction,
+                      title=f"GRPO, step {step}: reward {metrics['val_reward']:.3f}")
 
         # save; after the last step there is nothing else to do
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
@@ -389,20 +393,22 @@ def main():
             real = ~gazing["if_padded_gazing"]
             n_real = real.sum()
             spread = grouped.std(dim=0)
-            means.add(
-                share, reward=rewards.mean(), reward_spread=spread.mean(), no_spread=(spread < 1e-6).float().mean(),
-                entropy=-log_prob.sum() / n_real, gazes_per_frame=n_real / (len(real) * cfg.n_frames),
-                predicted=predicted.mean(), measured=-rewards.mean(), task_error=error,
-                per_scale=torch.stack([mask.sum() for mask in gazing["gazing_mask"]]) / n_real)
-            means.add(1, rollout_s=t2 - t1, reward_s=t3 - t2, update_s=run.now(device) - t3)
+            per_scale = torch.stack([mask.sum() for mask in gazing["gazing_mask"]])
+            means.add(share, reward=rewards.mean(), measured=-rewards.mean())
+            means.add(share, reward_spread=spread.mean(), no_spread=(spread < 1e-6).float().mean())
+            means.add(share, predicted=predicted.mean(), task_error=error, entropy=-log_prob.sum() / n_real)
+            means.add(share, gazes_per_frame=n_real / (len(real) * cfg.n_frames), per_scale=per_scale / n_real)
+            t4 = run.now(device)
+            means.add(1, rollout_s=t2 - t1, reward_s=t3 - t2, update_s=t4 - t3)
 
         check_finite(means.total(), step, keys)
         run.update(optimizer, scaler)
 
         if (step + 1) % cfg.log_every == 0:
+            ms_per_step = (time.time() - t0) * 1000 / cfg.log_every
             log.write(step + 1, total, step + 1 - start, **means.read(), temperature=temperature, lr=lr,
-                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
+                      ms_per_step=ms_per_step, data_ms=loader.waited_ms(cfg.log_every),
+                      unreadable=run.count_distinct(unreadable))
             t0 = time.time()
     run.finish()
 

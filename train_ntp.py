@@ -199,15 +199,14 @@ def validate(gaze, mae, loader, ratios, requirement, device):
         ratio_sum += (~gazing["if_padded_gazing"]).sum().item() / (len(frames) * gaze.config.num_ids)
         n_clips += len(video)
 
-        painted = None
+        reconstruction = None
         if mae:
             reconstruction, loss = mae(video, gazing, frames)            # (B, T, 3, R, R), (B, T)
             predicted = gaze(video, gazing)[1].gather(1, last_slots(gazing))
             loss_sum += loss.mean(dim=1).sum().item()
             predicted_sum += predicted.mean(dim=1).sum().item()
-            painted = reconstruction[0]
         if example is None:
-            example = video[0], one_clip(gazing, 0), painted
+            example = video[0], one_clip(gazing, 0), reconstruction[0] if mae else None
 
     loss_sum, predicted_sum, ratio_sum, n_clips = run.all_sum(loss_sum, predicted_sum, ratio_sum, n_clips)
     metrics = {}
@@ -271,11 +270,14 @@ def main():
     # ---- optimizer
     optimizer = make_optimizer(cfg.optimizer, gaze, cfg.lr)
     ddp, sync, autocast, scaler, precision = run.prepare(gaze, optimizer, cfg, world, device, resumed)
+    n_parameters = count_parameters(gaze) / 1e6
+    n_encoder = count_parameters(gaze.encoder) / 1e6
+    n_epochs = total * cfg.batch_size / len(train)
     log = Log(cfg, rank, world, device, [
-        f"Gaze {model.describe(gaze.config)}; {count_parameters(gaze) / 1e6:.2f} M parameters, "
-        f"{count_parameters(gaze.encoder) / 1e6:.2f} M of them in the encoder",
-        f"{sampler.arithmetic}; {total} steps = {total * cfg.batch_size / len(train):.1f} epochs of {len(train)} clips",
-        f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8",
+        f"Gaze {model.describe(gaze.config)}; {n_parameters:.2f} M parameters, of which encoder {n_encoder:.2f} M",
+        sampler.arithmetic,
+        f"{total} steps = {n_epochs:.1f} epochs of {len(train)} clips; {n_val} clips for validation",
+        f"a clip: {cfg.n_frames} frames of 3 x {R} x {R} uint8",
         precision], start)
 
     # ---- loop
@@ -292,8 +294,8 @@ def main():
             best = keep_best(gaze, out, labelled["val_ntp"], best, rank)
             if rank == 0:
                 video, gazing, reconstruction = example
-                title = f"NTP, step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-                sheet(out / "val.png", video, gazing, gaze.config, reconstruction=reconstruction, title=title)
+                sheet(out / "val.png", video, gazing, gaze.config, reconstruction=reconstruction,
+                      title=f"NTP, step {step}: loss on labels {labelled['val_ntp']:.3f}")
 
         # save; after the last step there is nothing else to do
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
@@ -338,10 +340,11 @@ def main():
 
         if (step + 1) % cfg.log_every == 0:
             nll, error = run.all_sum(nll_sum.item() / world, error_sum.item() / world)
-            log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr,
-                      epoch=(step + 1) * cfg.batch_size / len(train),
-                      ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
+            epoch = (step + 1) * cfg.batch_size / len(train)
+            ms_per_step = (time.time() - t0) * 1000 / cfg.log_every
+            log.write(step + 1, total, step + 1 - start, ntp=nll, task_error=error, lr=lr, epoch=epoch,
+                      ms_per_step=ms_per_step, data_ms=loader.waited_ms(cfg.log_every),
+                      unreadable=run.count_distinct(unreadable))
             t0 = time.time()
     run.finish()
 

@@ -194,10 +194,10 @@ def main():
     # ---- optimizer
     optimizer = make_optimizer(mae, cfg)
     ddp, sync, autocast, scaler, precision = run.prepare(mae, optimizer, cfg, world, device, resumed)
+    n_encoder = count_parameters(mae.vit) / 1e6
+    n_decoder = count_parameters(mae.decoder) / 1e6
     log = Log(cfg, rank, world, device, [
-        f"VideoMAE {cfg.scales}: {'+'.join(map(str, model_cfg.ids_per_scale))} = {V} ids per frame, "
-        f"{count_parameters(mae.vit) / 1e6:.2f} M encoder + "
-        f"{count_parameters(mae.decoder) / 1e6:.2f} M decoder parameters",
+        f"VideoMAE {cfg.scales}: {V} ids per frame; {n_encoder:.2f} M encoder + {n_decoder:.2f} M decoder parameters",
         sampler.arithmetic,
         f"{len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of 3 x {R} x {R} uint8",
         precision], start)
@@ -260,9 +260,10 @@ def main():
         run.update(optimizer, scaler)
 
         if (step + 1) % cfg.log_every == 0:
+            ms_per_step = (time.time() - t0) * 1000 / cfg.log_every
             log.write(step + 1, cfg.steps, step + 1 - start, **means.read(), lr=lr, grad_norm=grad_norm.item(),
-                      gazes_per_clip=sum(budgets), ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                      data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
+                      gazes_per_clip=sum(budgets), ms_per_step=ms_per_step, data_ms=loader.waited_ms(cfg.log_every),
+                      unreadable=run.count_distinct(unreadable))
             t0 = time.time()
     run.finish()
 

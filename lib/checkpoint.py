@@ -1,4 +1,5 @@
 """Checkpoints: written whole or not at all, resumed exactly, the best one kept."""
+import contextlib
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -6,19 +7,13 @@ from pathlib import Path
 import torch
 
 
-def write_whole(path, text):
-    """Write a text file under a temporary name, then rename it: the file is there whole or as it was before."""
-    tmp = Path(f"{path}.tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
-
-def save_state(path, state):
-    """torch.save under a temporary name, then rename: a killed run or a full disk leaves the old file."""
+@contextlib.contextmanager
+def whole_file(path, mode):
+    """A file that is written under a temporary name, then renamed: a killed run or a full disk leaves the old one."""
     tmp = Path(f"{path}.tmp")
     try:
-        with open(tmp, "wb") as file:
-            torch.save(state, file)
+        with open(tmp, mode) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
@@ -27,8 +22,20 @@ def save_state(path, state):
     os.replace(tmp, path)
 
 
+def write_whole(path, text):
+    with whole_file(path, "w") as file:
+        file.write(text)
+
+
+def save_state(path, state):
+    with whole_file(path, "wb") as file:
+        torch.save(state, file)
+
+
 # What state_of() puts into a checkpoint, and load_state() expects there.
 ENTRIES = {"step": int, "best": float, "model": dict, "optimizer": dict, "scaler": dict, "config": dict}
+# Settings that do not change what is computed.
+MAY_CHANGE = {"init_from", "out_dir", "device", "n_workers", "cache", "log_every", "wandb"}
 
 
 def state_of(step, module, optimizer, scaler, best, cfg, world):
@@ -52,27 +59,27 @@ def load_state(out, cfg, world, fixed):
     # settings then and now
     was = state["config"]
     now = asdict(cfg) | {"processes": world}
-    may_change = {"init_from", "out_dir", "device", "n_workers", "cache", "log_every", "wandb"}
-    changed = []
-    for key in now:
-        if key in was and key not in may_change and now[key] != was[key]:
-            changed.append(f"{key}={now[key]!r} (was {was[key]!r})")
-    if any(now[key] != was.get(key, now[key]) for key in fixed & now.keys()):
-        raise ValueError(f"{path} was made with other settings: {', '.join(changed)}. Use those, or start anew from "
-                         "its weights with init_from=FOLDER")
+    changed = {key for key in now if key in was and now[key] != was[key]} - MAY_CHANGE
+    listed = ", ".join(f"{key}={now[key]!r} (was {was[key]!r})" for key in sorted(changed))
+    if changed & set(fixed):
+        raise ValueError(f"{path} was made with other settings: {listed}. Use those, or start anew from its weights "
+                         "with init_from=FOLDER")
     if changed and os.environ.get("RANK", "0") == "0":
-        print(f"note: resumed with other settings than before, so not the same run: {', '.join(changed)}")
+        print(f"note: resumed with other settings than before, so not the same run: {listed}")
     return state
 
 
 def check_entries(state, path):
     """ValueError unless a checkpoint has what state_of() writes: before anything starts, not at the first step."""
+    wrong = []
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint of this script: it holds a {type(state).__name__}, no dict")
-    wrong = [f"{name} is missing" for name in ENTRIES if name not in state]
+        wrong.append("it holds no dict")
+        state = {}
     for name, kind in ENTRIES.items():
-        if name in state and not isinstance(state[name], kind):
-            wrong.append(f"{name} is a {type(state[name]).__name__}, not a {kind.__name__}")
+        if name not in state:
+            wrong.append(f"{name} is missing")
+        elif not isinstance(state[name], kind):
+            wrong.append(f"{name} is no {kind.__name__}")
     if not wrong and state["step"] < 0:
         wrong.append(f"step is {state['step']}")
     if not wrong and not all(isinstance(tensor, torch.Tensor) for tensor in state["model"].values()):

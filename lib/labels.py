@@ -33,10 +33,9 @@ def load_labels(path):
     if not Path(path).is_dir():
         return read_labels(path)
     labels = PackedLabels(path)
-    source = labels.meta["source"]
-    if os.path.exists(source) and os.path.getsize(source) != labels.meta["bytes"]:
-        if os.environ.get("RANK", "0") == "0":
-            warnings.warn(f"labels={path}: {source} has changed since it was packed", stacklevel=2)
+    source = Path(labels.meta["source"])
+    if source.exists() and source.stat().st_size != labels.meta["bytes"] and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"labels={path}: {source} has changed since it was packed", stacklevel=2)
     return labels
 
 
@@ -92,7 +91,8 @@ def check_fields(key, label, path):
     if not isinstance(label, dict) or not {"gazing_pos", "task_losses"} <= label.keys():
         raise ValueError(f"label file {path}: {key!r} needs 'gazing_pos' and 'task_losses'")
     for name in ("gazing_pos", "task_losses"):
-        if not isinstance(label[name], list) or not all(isinstance(frame, list) for frame in label[name]):
+        frames = label[name]
+        if not isinstance(frames, list) or any(not isinstance(frame, list) for frame in frames):
             raise ValueError(f"label file {path}: {key!r} needs a list per frame in {name!r}")
 
 
@@ -146,7 +146,7 @@ def pack_labels(source, out=None):
     ids = array("i")
     losses = array("f")
     offsets = [0]
-    bounds = [[LARGEST_ID, -1] for _ in range(n_frames)]
+    bounds = [(LARGEST_ID, -1)] * n_frames
     for key in tqdm(keys, desc="packing", unit=" clips"):
         label = labels.pop(key)
         check_label(key, label, n_frames, None, source)
@@ -155,7 +155,7 @@ def pack_labels(source, out=None):
             losses.extend(label["task_losses"][t])
             offsets.append(len(ids))
             lowest, highest = bounds[t]
-            bounds[t] = [min([lowest, *frame]), max([highest, *frame])]
+            bounds[t] = min(lowest, *frame, LARGEST_ID), max(highest, *frame, -1)
 
     # the folder appears whole or not at all
     tmp = Path(f"{out}.tmp")
@@ -181,14 +181,17 @@ class PackedLabels:
         self.path = Path(path)
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
-            self.n_frames, self.bounds = self.meta["frames"], self.meta["bounds"]
-            self.keys, self.ids, self.losses, self.offsets = (
-                self.open(name) for name in ("keys", "ids", "losses", "offsets"))
+            self.n_frames = self.meta["frames"]
+            self.bounds = self.meta["bounds"]
+            self.keys = self.open("keys")
+            self.ids = self.open("ids")
+            self.losses = self.open("losses")
+            self.offsets = self.open("offsets")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"labels={path}: not a folder written by `python data.py pack`, or copied in part: "
                              f"pack again ({error})") from error
-        n_gazes = self.offsets[-1] if len(self.offsets) else -1
-        if len(self.offsets) != len(self.keys) * self.n_frames + 1 or not len(self.ids) == len(self.losses) == n_gazes:
+        n_frames = len(self.keys) * self.n_frames
+        if len(self.offsets) != n_frames + 1 or not self.offsets[-1] == len(self.ids) == len(self.losses):
             raise ValueError(f"labels={path}: its files are of different label files: pack again")
 
     def open(self, name):
@@ -221,14 +224,16 @@ class PackedLabels:
         return (self.keys[rows] == keys).tolist()
 
     def __getitem__(self, key):
-        row = int(np.searchsorted(self.keys, np.array(key.encode(), self.keys.dtype)))  # its own dtype: no copy of all
+        name = np.array(key.encode(), self.keys.dtype)  # with another dtype numpy would copy all keys
+        row = int(np.searchsorted(self.keys, name))
         if row == len(self) or self.keys[row] != key.encode():
             raise KeyError(key)
-        edges = self.offsets[row * self.n_frames:(row + 1) * self.n_frames + 1].tolist()
+
         label = {"gazing_pos": [], "task_losses": []}
-        for first, end in zip(edges[:-1], edges[1:], strict=True):
-            label["gazing_pos"].append(self.ids[first:end].tolist())
-            label["task_losses"].append(self.losses[first:end].tolist())
+        for t in range(row * self.n_frames, (row + 1) * self.n_frames):
+            frame = slice(self.offsets[t], self.offsets[t + 1])
+            label["gazing_pos"].append(self.ids[frame].tolist())
+            label["task_losses"].append(self.losses[frame].tolist())
         return label
 
     def fits(self, n_frames, n_ids):
@@ -236,6 +241,7 @@ class PackedLabels:
         if self.n_frames != n_frames:
             return False
         for t, (lowest, highest) in enumerate(self.bounds):
-            if lowest <= highest and not n_ids * t <= lowest <= highest < n_ids * (t + 1):
+            is_empty = lowest > highest
+            if not is_empty and (lowest < n_ids * t or highest >= n_ids * (t + 1)):
                 return False
         return True

@@ -22,6 +22,8 @@ class Muon:
 
     A step's update has all singular values equal, so directions of small gradient are learnt as fast as the others:
     on the toy set this reaches the loss of Adam in a quarter of the steps. Steps are as large as Adam's, so is lr.
+    torch computes a step in bfloat16, which can turn a difference of 1e-7 in a gradient into 2 % of the step (random
+    matrices). So one process and two, whose sums differ that much, part by 1e-4 in loss after 20 steps; Adam by 1e-5.
     """
 
     def __init__(self, module, lr, **adam):

@@ -274,7 +274,7 @@ def damaged_config(folder, make, change):
     *((lambda f, toy, name=name, value=value: resume(f, toy, **{name: value}), ValueError,
        f"last.pt is not a checkpoint of this script: {says}") for name, value, says in (
         *((name, None, f"{name} is missing") for name in ("step", "best", "model", "optimizer", "scaler", "config")),
-        ("step", "7", "step is a str, not a int"), ("best", [1], "best is a list"), ("model", [], "model is a list"),
+        ("step", "7", "step is no int"), ("best", [1], "best is no float"), ("model", [], "model is no dict"),
         ("step", -1, "step is -1"), ("model", {"a": 1}, "model holds something else than tensors"))),
     (lambda f, toy: resume(f, toy, model={"a": torch.ones(1)}), ValueError, "last.pt and config.json do not fit"),
     (optimizer_without_an_entry, ValueError, "last.pt is not a checkpoint of this script.*exp_avg.*missing"),
