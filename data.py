@@ -221,27 +221,31 @@ def vector_lengths(vectors, height, width):
 
     A block that is coded afresh has no vector and counts as unmoved; to count it as moved by 4 to 16 pixels changed
     losses in eval.py by less than 3 %, in both directions."""
-    n_rows = math.ceil(height / BLOCK) * BLOCK // CELL  # whole macroblocks
+    # whole macroblocks
+    n_rows = math.ceil(height / BLOCK) * BLOCK // CELL
     n_columns = math.ceil(width / BLOCK) * BLOCK // CELL
     total = np.zeros((n_rows, n_columns))
     count = np.zeros((n_rows, n_columns))
-    length = np.hypot(vectors["motion_x"], vectors["motion_y"]) / np.maximum(vectors["motion_scale"], 1)
 
-    # a vector's block in cells; the file gives its centre
-    block_rows = vectors["h"].astype(int) // CELL
-    block_columns = vectors["w"].astype(int) // CELL
-    top = (vectors["dst_y"] - vectors["h"].astype(int) // 2) // CELL
-    left = (vectors["dst_x"] - vectors["w"].astype(int) // 2) // CELL
+    # a vector's block; the file gives its centre, in pixels
+    block_height = vectors["h"].astype(int)
+    block_width = vectors["w"].astype(int)
+    top = vectors["dst_y"] - block_height // 2
+    left = vectors["dst_x"] - block_width // 2
+    length = np.hypot(vectors["motion_x"], vectors["motion_y"])
+    length = length / np.maximum(vectors["motion_scale"], 1)
 
     # one cell of all blocks at a time
-    for dy in range(block_rows.max()):
-        for dx in range(block_columns.max()):
-            y = top + dy
-            x = left + dx
-            inside = (y >= 0) & (x >= 0) & (y < n_rows) & (x < n_columns)
-            used = inside & (dy < block_rows) & (dx < block_columns)
-            np.add.at(total, (y[used], x[used]), length[used])
-            np.add.at(count, (y[used], x[used]), 1)
+    for dy in range(0, block_height.max(), CELL):
+        for dx in range(0, block_width.max(), CELL):
+            y = top // CELL + dy // CELL
+            x = left // CELL + dx // CELL
+            used = (dy < block_height) & (dx < block_width)
+            used &= (y >= 0) & (y < n_rows)
+            used &= (x >= 0) & (x < n_columns)
+            cells = y[used], x[used]
+            np.add.at(total, cells, length[used])
+            np.add.at(count, cells, 1)
 
     mean = total / np.maximum(count, 1)
     return mean[:math.ceil(height / CELL), :math.ceil(width / CELL)]

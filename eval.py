@@ -106,9 +106,14 @@ class Config:
 
 def spread(n):
     """0..n-1 in an order of which any beginning is spread out: bit-reversed."""
-    bits = max(1, (n - 1).bit_length())
-    reversed_bits = [int(f"{k:0{bits}b}"[::-1], 2) for k in range(2 ** bits)]
-    return [i for i in reversed_bits if i < n]
+    n_bits = max(1, (n - 1).bit_length())
+    order = []
+    for k in range(2 ** n_bits):
+        bits = f"{k:0{n_bits}b}"
+        i = int(bits[::-1], 2)
+        if i < n:
+            order.append(i)
+    return order
 
 
 def uniform_order(config):
@@ -234,22 +239,29 @@ def ssim(a, b):
 
     # as matrices, a row per place of the window: quicker than a convolution
     def places(side):
-        return torch.stack([F.pad(window, (i, side - n - i)) for i in range(side - n + 1)])
+        rows = []
+        for i in range(side - n + 1):
+            rows.append(F.pad(window, (i, side - n - i)))
+        return torch.stack(rows)
 
-    rows = places(a.shape[-2])
-    columns = places(a.shape[-1])
+    vertical = places(a.shape[-2])
+    horizontal = places(a.shape[-1]).mT
 
     def blur(x):
-        return rows @ x @ columns.mT
+        return vertical @ x @ horizontal
 
     mean_a = blur(a)
     mean_b = blur(b)
     variance_a = blur(a * a) - mean_a * mean_a
     variance_b = blur(b * b) - mean_b * mean_b
     covariance = blur(a * b) - mean_a * mean_b
-    similar = (2 * mean_a * mean_b + 0.01 ** 2) * (2 * covariance + 0.03 ** 2)
-    largest = (mean_a * mean_a + mean_b * mean_b + 0.01 ** 2) * (variance_a + variance_b + 0.03 ** 2)
-    return (similar / largest).mean(dim=(-3, -2, -1))
+
+    # the two constants keep flat pictures from dividing by 0
+    c1 = 0.01 ** 2
+    c2 = 0.03 ** 2
+    means = (2 * mean_a * mean_b + c1) / (mean_a * mean_a + mean_b * mean_b + c1)
+    variances = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return (means * variances).mean(dim=(-3, -2, -1))
 
 
 def under_gazes(gazing, patches, config):
@@ -257,13 +269,14 @@ def under_gazes(gazing, patches, config):
     and the sum of the means of the frames they are in. The last two divided: 1 if gazes lie anywhere."""
     where = locate(gazing, config)
     under = patches.flatten(1).gather(1, gazing["gazing_pos"])
-    frame_means = patches[:, :, -config.ids_per_scale[-1]:].mean(2)  # the finest patches cover the frame once
-    mean = frame_means.gather(1, where["frame"])
+    finest = patches[:, :, -config.ids_per_scale[-1]:]  # cover the frame once
+    mean = finest.mean(2).gather(1, where["frame"])
 
     sums = []
     for s in range(len(config.scale_list)):
         of_scale = where["scale"] == s
-        sums.append(torch.stack([of_scale.sum(), under[of_scale].sum(), mean[of_scale].sum()]))
+        n = of_scale.sum()
+        sums.append(torch.stack([n, under[of_scale].sum(), mean[of_scale].sum()]))
     return torch.stack(sums).double().cpu()
 
 
@@ -478,19 +491,23 @@ def plot_motion_and_detail(table, config, path):
     """What lies under the gazes, over its mean in the frame."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="tight")
     x = torch.arange(len(table))
-    left.bar(x, [row["motion"] for row in table.values()], color="#888888")
-    left.set(title="motion under gazes, from the second frame on", ylabel="times the mean of the frame")
+    motion = [row["motion"] for row in table.values()]
+    left.bar(x, motion, color="#888888")
+    left.set_title("motion under gazes, from the second frame on")
 
     # a group of bars per method, a bar per scale
     width = 0.8 / len(config.scale_list)
     for s, side in enumerate(config.scale_list):
+        color = SCALE_COLORS[s % len(SCALE_COLORS)]
         heights = [row["detail_per_scale"][s] or 0 for row in table.values()]
         offset = (s + 0.5) * width - 0.4
-        right.bar(x + offset, heights, width, label=f"{side} px", color=SCALE_COLORS[s % len(SCALE_COLORS)])
-    right.set(title="detail under gazes (brightness gradient)", ylabel="times the mean of the frame")
+        right.bar(x + offset, heights, width, label=f"{side} px", color=color)
+    right.set_title("detail under gazes (brightness gradient)")
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="gazes at")
+
     for ax in (left, right):
         ax.axhline(1, color="black", lw=0.8)
+        ax.set_ylabel("times the mean of the frame")
         ax.set_xticks(x, list(table), rotation=30, ha="right")
     save_figure(fig, path)
 
@@ -533,10 +550,12 @@ def save(out, result, t0):
     for ratio, table in result["results"].items():
         results[ratio] = {}
         for name, row in table.items():
-            results[ratio][name] = {key: value for key, value in row.items() if key != "scatter"}
+            row = dict(row)
+            row.pop("scatter", None)
+            results[ratio][name] = row
+    result = result | {"seconds": time.time() - t0, "results": results}
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result | {"seconds": time.time() - t0, "results": results}, indent=1)
-    write_whole(out / "eval.json", text + "\n")
+    write_whole(out / "eval.json", json.dumps(result, indent=1) + "\n")
 
 
 def write_report(cfg, table, result):

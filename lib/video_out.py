@@ -85,21 +85,26 @@ def draw_arrow(picture, start, end, color="white", width=3):
     across = np.array([-along[1], along[0]])
     head = min(4.0 * width, length)
     neck = end - head * along
+    left = neck + head / 2 * across
+    right = neck - head / 2 * across
     canvas.line((*start, *neck), color, width)
-    canvas.polygon([tuple(end), tuple(neck + head / 2 * across), tuple(neck - head / 2 * across)], color)
+    canvas.polygon([tuple(end), tuple(left), tuple(right)], color)
     return np.array(image)
 
 
 def draw_heat(picture, heat, opacity=0.7):
     """Lay a heat map (h, w) of any size over the picture: its largest value red, where it is 0 the picture shows."""
     height, width = picture.shape[:2]
-    heat = np.clip(np.asarray(heat, dtype=np.float32), 0, None)
-    heat = Image.fromarray(heat / max(float(heat.max()), 1e-12)).resize((width, height), Image.BILINEAR)
-    heat = np.array(heat)
+    heat = np.asarray(heat, dtype=np.float32).clip(min=0)
+    highest = max(float(heat.max()), 1e-12)
+    heat = Image.fromarray(heat / highest)
+    heat = np.array(heat.resize((width, height), Image.BILINEAR))
 
-    colors = 255 * matplotlib.colormaps["turbo"](0.9 * heat)[..., :3]
+    colormap = matplotlib.colormaps["turbo"]
+    colors = 255 * colormap(0.9 * heat)[..., :3]
     weight = opacity * np.sqrt(heat)[..., None]
-    return np.rint((1 - weight) * picture + weight * colors).astype(np.uint8)
+    mixed = (1 - weight) * picture + weight * colors
+    return np.rint(mixed).astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,38 +148,36 @@ def contact_sheet(path, rows, titles=(), captions=(), legend=None, title="", cel
     rows: {name: list of pictures}, the names stand at the left; titles and captions: a text per column, above and below
     the grid; legend: {text: colour}, at the bottom; cell: height of a picture in the sheet, in pixels.
     """
-    first = next(iter(rows.values()))[0]
-    height, width = first.shape[:2]
-    width = max(1, round(cell * width / height))
-    n_columns = max(len(pictures) for pictures in rows.values())
     gap = 4
     line = 22  # height of a line of text, also the width of the names
+    n_columns = max(len(pictures) for pictures in rows.values())
+    first = next(iter(rows.values()))[0]
+    width = round(cell * first.shape[1] / first.shape[0])
+    width = max(1, width)
 
-    # from top to bottom: title, column titles, the grid, captions, legend
-    top = 2 * line
-    bottom = top + len(rows) * (cell + gap)
-    sheet_width = max(line + n_columns * (width + gap), 420)
+    # corners of the cells; from top to bottom: title, column titles, the grid, captions, legend
+    lefts = [line + i * (width + gap) for i in range(n_columns)]
+    tops = [2 * line + i * (cell + gap) for i in range(len(rows))]
+    bottom = tops[-1] + cell + gap
+    sheet_width = max(lefts[-1] + width + gap, 420)
     sheet = blank(bottom + 2 * line, sheet_width)
 
-    for row, (name, pictures) in enumerate(rows.items()):
-        y = top + row * (cell + gap)
-        paste(sheet, np.rot90(label(name, line, cell)), 0, y)
-        for column, picture in enumerate(pictures):
-            x = line + column * (width + gap)
-            paste(sheet, resize(picture, cell, width), x, y)
+    for top, (name, pictures) in zip(tops, rows.items(), strict=True):
+        name_upwards = np.rot90(label(name, line, cell))
+        paste(sheet, name_upwards, 0, top)
+        for left, picture in zip(lefts, pictures, strict=False):
+            paste(sheet, resize(picture, cell, width), left, top)
 
-    # texts above and below the columns
-    for texts, y in ((titles, top - line), (captions, bottom)):
-        for column, text in enumerate(texts):
-            x = line + column * (width + gap)
-            paste(sheet, label(text, line, width, size=12), x, y)
-
-    # title and legend
+    # texts above and below the columns, title and legend
+    for left, text in zip(lefts, titles, strict=False):
+        paste(sheet, label(text, line, width, size=12), left, line)
+    for left, text in zip(lefts, captions, strict=False):
+        paste(sheet, label(text, line, width, size=12), left, bottom)
     paste(sheet, label(title, line, sheet_width), 0, 0)
-    legend = legend or {}
-    for i, (text, color) in enumerate(legend.items()):
+    if legend:
         part = sheet_width // len(legend)
-        paste(sheet, label(text, line, part, color), i * part, bottom + line)
+        for i, (text, color) in enumerate(legend.items()):
+            paste(sheet, label(text, line, part, color), i * part, bottom + line)
     save_picture(path, sheet)
 
 
