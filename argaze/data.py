@@ -73,27 +73,29 @@ def heatmaps(points, size, tracked=None, sigma=3.0, window=19):
     """
     h, w = (size, size) if isinstance(size, int) else size
     points = points.double()
-    x = points[..., 0, None] * w
-    y = points[..., 1, None] * h
+    x = points[..., :1] * w
+    y = points[..., 1:] * h
     if window:
         x = x.round()
         y = y.round()
-    x_away = torch.arange(w, device=points.device) - x             # (..., w)
-    y_away = torch.arange(h, device=points.device) - y
+    x_distance = torch.arange(w, device=points.device) - x               # (..., w)
+    y_distance = torch.arange(h, device=points.device) - y               # (..., h)
 
-    gauss_x = torch.exp(-x_away ** 2 / (2 * sigma ** 2))
-    gauss_y = torch.exp(-y_away ** 2 / (2 * sigma ** 2))
+    gauss_x = torch.exp(-x_distance ** 2 / (2 * sigma ** 2))
+    gauss_y = torch.exp(-y_distance ** 2 / (2 * sigma ** 2))
     if window:
-        gauss_x = gauss_x * (x_away.abs() <= window // 2)
-        gauss_y = gauss_y * (y_away.abs() <= window // 2)
-    maps = gauss_y.unsqueeze(-1) * gauss_x.unsqueeze(-2)           # (..., h, w)
+        gauss_x = gauss_x * (x_distance.abs() <= window // 2)
+        gauss_y = gauss_y * (y_distance.abs() <= window // 2)
+    maps = gauss_y.unsqueeze(-1) * gauss_x.unsqueeze(-2)                 # (..., h, w)
 
-    # a window may lie beside the picture altogether
-    total = maps.sum((-2, -1), keepdim=True) if window else maps.amax((-2, -1), keepdim=True)
-    known = total > 0
+    total = maps.sum((-2, -1), keepdim=True)
+    if window is None:
+        total = maps.amax((-2, -1), keepdim=True)
+    known = total > 0  # a window may lie beside the picture altogether
     if tracked is not None:
-        known = known & tracked.bool()[..., None, None]
-    return torch.where(known, maps / total.clamp(min=1e-300), 1 / (h * w)).float()
+        known = known & tracked[..., None, None]
+    uniform = torch.full_like(maps, 1 / (h * w))
+    return torch.where(known, maps / total, uniform).float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,18 +141,17 @@ def picture_names(folder):
 
 
 def read_pictures(folder, frames):
-    """[(H, W, 3) uint8] of frame numbers (T,). Where one is missing, the nearest of its neighbours is taken."""
+    """[(H, W, 3) uint8] of frame numbers (T,). A missing one is replaced by the nearest, of two the later."""
     names = picture_names(str(folder))
     if not names:
         raise VideoError(f"{folder} holds no pictures called by frame numbers: python -m argaze.data frames makes them")
 
     images = []
     for frame in frames.tolist():
-        neighbours = [frame]
-        for distance in range(1, MAX_MISSING + 1):
-            neighbours += [frame + distance, frame - distance]
-        number = next((n for n in neighbours if n in names), None)
-        if number is None:
+        number = frame
+        if number not in names:
+            number = min(names, key=lambda other: (abs(other - frame), -other))  # noqa: B023
+        if abs(number - frame) > MAX_MISSING:
             raise VideoError(f"{folder} lacks the picture of frame {frame}: run python -m argaze.data frames again")
 
         path = Path(folder, names[number])
@@ -171,10 +172,11 @@ def resize(images, height, width, mode="bilinear"):
     video = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
     options = dict(align_corners=False) if mode == "bilinear" else {}
     for t, image in enumerate(images):
-        x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-        if x.shape[1:] != (height, width):
-            x = F.interpolate(x[None].float(), (height, width), mode=mode, **options)[0].round()
-        video[t] = x
+        x = torch.from_numpy(np.ascontiguousarray(image))
+        x = x.permute(2, 0, 1).unsqueeze(0)                              # (1, 3, H, W)
+        if x.shape[2:] != (height, width):
+            x = F.interpolate(x.float(), (height, width), mode=mode, **options).round()
+        video[t] = x[0]
     return video
 
 
@@ -200,30 +202,36 @@ def crop_square(images, points, tracked, size, generator=None):
     8/7 to 10/7 of R, a random square that keeps the tracked gaze inside, mirrored half the time.
     """
     height, width = images[0].shape[:2]
+    short = min(height, width)
     side = size
     if generator is not None:
-        side = int(torch.randint(round(size * 8 / 7), round(size * 10 / 7) + 1, (), generator=generator))
-    new_height = side * height // min(height, width)
-    new_width = side * width // min(height, width)
-    video = resize(images, new_height, new_width)
+        smallest = round(size * 8 / 7)
+        largest = round(size * 10 / 7)
+        side = int(torch.randint(smallest, largest + 1, (), generator=generator))
+    height = side * height // short
+    width = side * width // short
+    video = resize(images, height, width)
+    x = points[:, 0].double() * width
+    y = points[:, 1].double() * height
 
-    left = math.ceil((new_width - size) / 2)
-    top = math.ceil((new_height - size) / 2)
+    left = math.ceil((width - size) / 2)
+    top = math.ceil((height - size) / 2)
     if generator is not None:
         share_x, share_y, mirror = torch.rand(3, generator=generator).tolist()
-        low, high = crop_range((points[tracked, 0] * new_width).tolist(), new_width, size)
+        low, high = crop_range(x[tracked].tolist(), width, size)
         left = int(low + share_x * (high - low))
-        low, high = crop_range((points[tracked, 1] * new_height).tolist(), new_height, size)
+        low, high = crop_range(y[tracked].tolist(), height, size)
         top = int(low + share_y * (high - low))
-    video = video[:, :, top:top + size, left:left + size]
 
     # points move with the square; those it lost go to its border
-    x = (points[:, 0].double() * new_width - left) / size
-    y = (points[:, 1].double() * new_height - top) / size
+    video = video[:, :, top:top + size, left:left + size]
+    x = (x - left) / size
+    y = (y - top) / size
     if generator is not None and mirror < 0.5:
         video = video.flip(-1)
         x = 1 - x
-    return video.contiguous(), torch.stack([x, y], dim=1).clamp(0, 1).float()
+    points = torch.stack([x, y], dim=1).clamp(0, 1)
+    return video.contiguous(), points.float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,15 +270,15 @@ class GazeClips(torch.utils.data.Dataset):
         self.check_gaze(place)
 
     def drop_missing(self, place):
-        exists = {path: path.exists() for path in {clip.path for clip in self.clips}}
-        missing = sorted(path for path, there in exists.items() if not there)
-        if len(missing) == len(exists):
-            raise FileNotFoundError(f"{place}: none of its {len(missing)} videos is there, the first is {missing[0]}: "
-                                    "see python -m argaze.data check")
-        if missing:
-            warnings.warn(f"{place}: {len(missing)} of {len(exists)} videos are missing and left out, first "
-                          f"{missing[0]}: see python -m argaze.data check", stacklevel=3)
-            self.clips = [clip for clip in self.clips if exists[clip.path]]
+        paths = {clip.path for clip in self.clips}
+        missing = {path for path in paths if not path.exists()}
+        if not missing:
+            return
+        text = f"{place}: {len(missing)} of {len(paths)} videos are missing, first {min(missing)}"
+        if missing == paths:
+            raise FileNotFoundError(f"{text}: see python -m argaze.data check")
+        warnings.warn(f"{text}; they are left out: see python -m argaze.data check", stacklevel=3)
+        self.clips = [clip for clip in self.clips if clip.path not in missing]
 
     def check_length(self, place):
         short = []
@@ -298,9 +306,12 @@ class GazeClips(torch.utils.data.Dataset):
     def rows(self, clip, frames):
         """Rows (T, 3) of frame numbers; those past the end of the table are untracked."""
         table = self.tables[clip.video]
-        rows = table[frames.clip(max=len(table) - 1)].copy()
-        rows[frames >= len(table), 2] = UNTRACKED[self.dataset]
-        return fill_gaps(rows) if self.dataset == "egoexo4d" else rows
+        last = len(table) - 1
+        rows = table[frames.clip(max=last)].copy()
+        rows[frames > last, 2] = UNTRACKED[self.dataset]
+        if self.dataset == "egoexo4d":
+            rows = fill_gaps(rows)
+        return rows
 
     def sample(self, clip, generator):
         """Frame numbers (T,) and their rows (T, 3)."""
@@ -328,7 +339,9 @@ class GazeClips(torch.utils.data.Dataset):
 
     def read(self, clip, draw):
         """The item of one clip; draw: number of the random window, crop and mirror."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw) if self.augment else None
+        generator = None
+        if self.augment:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
         frames, rows = self.sample(clip, generator)
         images = self.images(clip, frames)
         kind = torch.from_numpy(rows[:, 2])
@@ -406,7 +419,8 @@ def check(cfg):
 
 def check_split(cfg, split):
     def report(name, good, text):
-        print(f"  {split:<20} {name:<8} {'ok      ' if good else 'PROBLEM '} {text}")
+        state = "ok" if good else "PROBLEM"
+        print(f"  {split:<20} {name:<8} {state:<8} {text}")
         return good
 
     # 1. the list
@@ -489,9 +503,11 @@ def write_labels(cfg):
 
 
 def write_table(path, table):
-    lines = [f"{frame},{x:.6g},{y:.6g},{int(kind)}" for frame, (x, y, kind) in enumerate(table.tolist())]
+    lines = ["frame,x,y,gaze_type"]
+    for frame, (x, y, kind) in enumerate(table):
+        lines.append(f"{frame},{x:.6g},{y:.6g},{int(kind)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "\n".join(["frame,x,y,gaze_type", *lines]) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def write_frames(cfg):

@@ -348,11 +348,14 @@ def untracked_intervals(path):
     """{video: [(first second, last second)]} of ego4d_gaze_untracked.csv."""
     intervals = defaultdict(list)
     for line, fields in read_rows(path, f"uid,h:m:s,h:m:s,code a line; {LISTS}"):
-        found = re.fullmatch(r"(\d+):(\d+):(\d+),(\d+):(\d+):(\d+)", ",".join(fields[1:3]))
-        if not found:
-            raise ValueError(f"{path}, line {line}: {','.join(fields)!r} is not uid,h:m:s,h:m:s,code")
-        h, m, s, end_h, end_m, end_s = map(int, found.groups())
-        intervals[fields[0]].append((h * 3600 + m * 60 + s, end_h * 3600 + end_m * 60 + end_s))
+        seconds = []
+        for text in fields[1:3]:
+            found = re.fullmatch(r"(\d+):(\d+):(\d+)", text)
+            if not found:
+                raise ValueError(f"{path}, line {line}: {','.join(fields)!r} is not uid,h:m:s,h:m:s,code")
+            h, m, s = map(int, found.groups())
+            seconds.append(h * 3600 + m * 60 + s)
+        intervals[fields[0]].append(seconds)
     return intervals
 
 
@@ -410,9 +413,11 @@ def frame_times(root, take, camera):
     takes = read_takes(root)
     if take not in takes:
         raise ValueError(f"{root / 'takes.json'} has no take {take!r}")
-    path = root / "captures" / re.sub(r"_\d+$", "", take) / "timesync.csv"
+    capture = re.sub(r"_\d+$", "", take)
+    path = root / "captures" / capture / "timesync.csv"
+    times = capture_times(path, f"{camera}_capture_timestamp_ns")
     first, end = takes[take]
-    times = [time for time in capture_times(path, f"{camera}_capture_timestamp_ns")[first:end] if time is not None]
+    times = [time for time in times[first:end] if time is not None]
     if len(times) < 2:
         raise ValueError(f"{path}: {camera} has {len(times)} times of {take}, in the rows {first}..{end}")
     return np.array(times)
@@ -502,9 +507,12 @@ def sample_frames(dataset, window, n_frames, stride, share=0.0):
     EGTEA: spread evenly over T * stride frames, a shorter clip repeats its last frame; the others: every stride-th.
     """
     first, end = window
-    start = share * max(0, end - first - n_frames * stride)
+    length = n_frames * stride
+    room = max(0, end - first - length)
+    start = share * room
     if dataset == "egtea":
-        places = np.linspace(start, start + n_frames * stride - 1, n_frames, dtype=np.float32)
-        return first + places.clip(0, end - first - 1).astype(int)
-    places = int(start) + stride * np.arange(n_frames)
-    return (first + places).clip(max=end - 1)
+        places = np.linspace(start, start + length - 1, n_frames, dtype=np.float32)
+    else:
+        places = int(start) + stride * np.arange(n_frames)
+    frames = first + places.astype(int)
+    return frames.clip(max=end - 1)

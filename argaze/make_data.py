@@ -33,7 +33,7 @@ from lib import configurator
 from lib.checkpoint import write_whole
 from lib.video_out import VideoWriter
 
-VERSION = 2  # of the drawings; clips of another one are not mixed with these
+VERSION = 3  # of the drawings; clips of another one are not mixed with these
 OBJECT = np.array([205.0, 45.0, 40.0])
 SKIN = np.array([245.0, 205.0, 165.0])
 SLEEVE = np.array([35.0, 50.0, 120.0])
@@ -70,11 +70,12 @@ class Config:
 
 def camera_path(rng, cfg):
     """(T, 2) x, y of the frame's corner on the table: a smooth walk."""
-    start = rng.uniform(0, 2 * np.pi)
-    heading = start + np.cumsum(rng.normal(0, 0.5, cfg.n_frames))
-    steps = np.stack([np.cos(heading), np.sin(heading)], axis=1)
-    path = cfg.speed * rng.uniform(0.3, 1) * np.cumsum(steps, axis=0)
-    return path - path.min(axis=0)
+    speed = cfg.speed * rng.uniform(0.3, 1)
+    turns = rng.normal(0, 0.5, cfg.n_frames)
+    heading = rng.uniform(0, 2 * np.pi) + np.cumsum(turns)
+    x = np.cumsum(speed * np.cos(heading))
+    y = np.cumsum(speed * np.sin(heading))
+    return np.stack([x - x.min(), y - y.min()], axis=1)
 
 
 def place_objects(rng, cfg, path, radius):
@@ -99,13 +100,13 @@ def touches(rng, cfg):
     first, second = rng.permutation(cfg.n_objects)[:2]
     target = np.full(cfg.n_frames, first)
     touched = np.zeros(cfg.n_frames, bool)
-    touched[:rng.integers(1, 3)] = True
+    touched[:rng.integers(2, 4)] = True
 
-    # the hand comes back for another object, after two frames without it
+    # the hand comes back for another object, after a frame or two without it
     if cfg.n_frames > 4 and rng.random() < cfg.second_touch:
         back = rng.integers(4, cfg.n_frames)
         target[back:] = second
-        touched[back:back + rng.integers(1, 3)] = True
+        touched[back:back + 2] = True
     return target, touched
 
 
@@ -115,25 +116,27 @@ def touches(rng, cfg):
 
 def table_top(rng, side):
     """(N, N, 3) float: smooth blotches of low contrast, which tell nothing of the objects."""
-    noise = rng.standard_normal((1, 3, 6, 6)).astype(np.float32)
-    blotches = F.interpolate(torch.from_numpy(noise), size=(side, side), mode="bicubic", align_corners=False)
+    noise = torch.from_numpy(rng.standard_normal((1, 3, 6, 6)))
+    blotches = F.interpolate(noise, size=(side, side), mode="bicubic", align_corners=False)
     blotches = blotches[0].permute(1, 2, 0).numpy()
-    color = rng.uniform(70, 110) + rng.normal(0, 8, 3)
+    brightness = rng.uniform(70, 110)
+    color = brightness + rng.normal(0, 8, 3)
     return color + 8 * blotches
 
 
 def disc(image, center, radius, color):
     """Paint a disc with a soft edge into image (S, S, 3), in place; center (x, y) in pixels."""
-    left, top = np.floor(center - radius).astype(int).clip(0)
-    right, bottom = np.ceil(center + radius + 1).astype(int).clip(0)
-    part = image[top:bottom, left:right]
-    height, width = part.shape[:2]
+    low = np.floor(center - radius).astype(int).clip(0)
+    high = np.ceil(center + radius + 1).astype(int).clip(0, len(image))
+    rows = slice(low[1], high[1])
+    columns = slice(low[0], high[0])
 
-    y = np.arange(top, top + height) + 0.5 - center[1]
-    x = np.arange(left, left + width) + 0.5 - center[0]
+    middles = np.arange(len(image)) + 0.5
+    x = middles[columns] - center[0]
+    y = middles[rows] - center[1]
     distance = np.hypot(x, y[:, None])
-    cover = (radius + 0.5 - distance).clip(0, 1)
-    part += cover[..., None] * (color - part)
+    cover = (radius + 0.5 - distance).clip(0, 1)[..., None]
+    image[rows, columns] += cover * (color - image[rows, columns])
 
 
 def hand(image, place, shoulder, radius):

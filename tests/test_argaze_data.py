@@ -219,7 +219,7 @@ def test_a_missing_list_is_named_and_explained(broken):
 
 
 def test_videos_that_are_all_missing_are_an_error(broken):
-    with pytest.raises(FileNotFoundError, match="none of its 3 videos is there.*argaze.data check"):
+    with pytest.raises(FileNotFoundError, match="3 of 3 videos are missing.*argaze.data check"):
         read(broken, "egtea")
 
 
