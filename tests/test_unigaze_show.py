@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib import configurator, video_out
-from unigaze import find, normalise, show
+from unigaze import calibrate, find, normalise, show
 from unigaze.model import UniGaze, UniGazeConfig
 
 ASTRONAUT = Path(__file__).parent / "golden" / "unigaze_data" / "astronaut.jpg"
@@ -62,7 +62,7 @@ def write_film(path, n_frames=5, size=(96, 128), moving=False):
 def test_a_picture_gives_a_picture_with_an_arrow_and_a_row(ckpt, known_faces, tmp_path):
     rows = run(ckpt, tmp_path, video=ASTRONAUT)
     before = next(show.read_frames(str(ASTRONAUT))).image
-    after = next(show.read_frames(str(tmp_path / "astronaut.png"))).image
+    after = next(show.read_frames(str(tmp_path / "astronaut_jpg.png"))).image
     assert len(rows) == 1 and tuple(rows[0]) == show.COLUMNS
     assert after.shape == before.shape and (after != before).any()
     assert abs(float(rows[0]["head_yaw"])) < 15 and float(rows[0]["left"]) == pytest.approx(177.4)
@@ -89,8 +89,16 @@ def test_films_in_a_folder_get_a_film_each_and_frames_without_a_face_stay(ckpt, 
     write_film(tmp_path / "in" / "two.mp4", n_frames=3)
     rows = run(ckpt, tmp_path / "out", video=tmp_path / "in", batch_size=3)
     assert [row["frame"] for row in rows] == ["0", "1", "2", "3"] and {row["face"] for row in rows} == {"0"}
-    assert len(list(show.read_frames(str(tmp_path / "out" / "one.mp4")))) == 4
-    assert len(list(show.read_frames(str(tmp_path / "out" / "two.mp4")))) == 3
+    assert len(list(show.read_frames(str(tmp_path / "out" / "one_mp4.mp4")))) == 4
+    assert len(list(show.read_frames(str(tmp_path / "out" / "two_mp4.mp4")))) == 3
+
+
+def test_a_broken_file_in_a_folder_is_passed_over(ckpt, known_faces, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "in" / "b.jpg").write_bytes(ASTRONAUT.read_bytes())
+    assert len(run(ckpt, tmp_path / "out", video=tmp_path / "in")) == 1
+    assert "skipped: " in capsys.readouterr().out
 
 
 def test_every_and_max_frames_choose_frames(ckpt, known_faces, tmp_path):
@@ -142,7 +150,7 @@ def test_the_whole_picture_can_be_the_face_and_the_output_says_why(ckpt, tmp_pat
     monkeypatch.setattr(find, "is_installed", lambda: False)
     rows = run(ckpt, tmp_path, video=ASTRONAUT, crops=True)
     assert "no face is looked for" in capsys.readouterr().out and rows[0]["head_pitch"] == ""
-    assert (tmp_path / "astronaut_000000_0.png").exists()
+    assert (tmp_path / "astronaut_jpg_000000_0.png").exists()
 
 
 def test_numbers_stay_with_faces_that_move_and_cross_no_one():
@@ -167,15 +175,15 @@ def test_numbers_stay_with_faces_that_move_and_cross_no_one():
 def test_an_affine_error_is_found_from_a_few_targets():
     true = np.random.default_rng(0).uniform(-0.3, 0.3, (9, 2))
     predicted = true @ np.array([[0.8, 0.1], [0.0, 1.1]]) + [0.05, -0.1]
-    matrix, offset = show.fit_calibration(predicted, true)
-    before = show.degrees_between(predicted, true).mean()
-    after = show.degrees_between(predicted @ matrix.T + offset, true).mean()
+    matrix, offset = calibrate.fit(predicted, true)
+    before = calibrate.mean_error(predicted, true)
+    after = calibrate.mean_error(predicted @ matrix.T + offset, true)
     assert after < 0.2 * before
 
 
 def test_one_direction_gives_an_offset_only():
     predicted = np.array([[0.1, 0.2], [0.14, 0.22]])
-    matrix, offset = show.fit_calibration(predicted, np.zeros((2, 2)))
+    matrix, offset = calibrate.fit(predicted, np.zeros((2, 2)))
     np.testing.assert_allclose(matrix, np.eye(2))
     np.testing.assert_allclose(offset, [-0.12, -0.21])
 

@@ -4,8 +4,8 @@ Where do the faces in my picture or video look?
     python -m unigaze.show --video=my.mp4 --ckpt=out/toy/unigaze/best
     python -m unigaze.show --video=holiday/ --ckpt=unigaze_b16_joint        # a folder of pictures and films
     python -m unigaze.show --video=/dev/video0 --mirror=true                # a camera; also -: stdin, or a URL
-    python -m unigaze.show --video=me.mp4 --targets=targets.csv             # fits out/show/calibration.json ...
-    python -m unigaze.show --video=you.mp4 --calibration=out/show/calibration.json             # ... which is used here
+    python -m unigaze.show --video=me.mp4 --targets=targets.csv             # fits out/unigaze_show/calibration.json
+    python -m unigaze.show --video=more.mp4 --calibration=calibration.json  # ... and uses it
     python -m unigaze.show --onnx=unigaze.onnx --ckpt=unigaze_b16_joint     # export, compared with torch
 
 Faces are found (unigaze/find.py), normalised (unigaze/normalise.py) and given to the model in batches. Into --out go a
@@ -26,7 +26,6 @@ targets.csv has the columns frame, x, y, z: where the person looks in a frame, i
 away). The camera itself is 0, 0, 0. Three directions or more give an affine correction, fewer an offset.
 """
 import csv
-import json
 import os
 import sys
 from contextlib import ExitStack
@@ -42,8 +41,7 @@ from tqdm import tqdm
 
 from data import VIDEO_SUFFIXES, VideoError, open_video, upright, video_stream
 from lib import configurator, video_out
-from lib.checkpoint import write_whole
-from unigaze import find, normalise
+from unigaze import calibrate, find, normalise
 from unigaze.model import load
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -255,65 +253,9 @@ def predict(model, views, device):
         return
     crops = np.stack([view.crop for view in views])                            # (B, S, S, 3)
     images = torch.from_numpy(crops).permute(0, 3, 1, 2).to(device)
-    gaze = model(images).double().cpu().numpy()
+    gaze = model(images).float().cpu().double().numpy()
     for view, angles in zip(views, gaze, strict=True):
         view.gaze = angles
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# calibration: gaze <- matrix · gaze + offset, in radians in the crop
-
-def load_calibration(path):
-    try:
-        content = json.loads(Path(path).read_text())
-        matrix = np.array(content["matrix"], dtype=np.float64).reshape(2, 2)
-        offset = np.array(content["offset"], dtype=np.float64).reshape(2)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"calibration={path}: no such file; --targets makes one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"calibration={path} is no file of --targets ({error})") from error
-    return matrix, offset
-
-
-def read_targets(path):
-    """{frame: (3,) mm} of a table with the columns frame, x, y, z."""
-    try:
-        with open(path, newline="") as file:
-            return {int(row["frame"]): np.array([float(row[axis]) for axis in "xyz"]) for row in csv.DictReader(file)}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"targets={path}: no such file") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"targets={path}: a table with the columns frame,x,y,z is expected ({error!r})") from error
-
-
-def fit_calibration(predicted, true):
-    """Matrix (2, 2) and offset (2,) that bring predicted angles (n, 2) to the true ones. From three directions on an
-    affine map, drawn a little to the identity; with fewer an offset."""
-    if len(np.unique(true.round(2), axis=0)) < 3:
-        return np.eye(2), (true - predicted).mean(axis=0)
-    middle = predicted.mean(axis=0)
-    x = predicted - middle
-    wanted = true - predicted                                                  # what must be added
-    change = np.linalg.solve(x.T @ x + 1e-3 * len(x) * np.eye(2), x.T @ (wanted - wanted.mean(axis=0))).T
-    return np.eye(2) + change, wanted.mean(axis=0) - change @ middle
-
-
-def degrees_between(a, b):
-    cosine = (normalise.to_vector(a) * normalise.to_vector(b)).sum(axis=-1)
-    return np.degrees(np.arccos(cosine.clip(-1, 1)))
-
-
-def save_calibration(path, pairs):
-    """Fit pairs of (predicted, true) angles, say what it brings, write the file."""
-    if len(pairs) < 2:
-        raise ValueError(f"{len(pairs)} frames of --targets show exactly one face: at least two are needed")
-    predicted, true = np.array(pairs).transpose(1, 0, 2)
-    matrix, offset = fit_calibration(predicted, true)
-    before = degrees_between(predicted, true).mean()
-    after = degrees_between(predicted @ matrix.T + offset, true).mean()
-    content = {"matrix": matrix.tolist(), "offset": offset.tolist(), "frames": len(pairs)}
-    write_whole(path, json.dumps(content, indent=1) + "\n")
-    print(f"{path}: fitted to {len(pairs)} frames, error {before:.2f}° before, {after:.2f}° after (on these frames)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -335,12 +277,12 @@ def draw(image, views):
 
 
 def row_of(source, frame, view):
-    camera = np.degrees(normalise.to_pitchyaw(normalise.to_camera(view.gaze, view.R)))
-    pitch, yaw = np.degrees(view.gaze)
-    head = ["" if np.isnan(angle) else f"{angle:.3f}" for angle in np.degrees(view.head)]
+    """One row of gaze.csv."""
+    camera = normalise.to_pitchyaw(normalise.to_camera(view.gaze, view.R))
+    angles = np.degrees([*view.gaze, *camera, *view.head])
+    texts = ["" if np.isnan(angle) else f"{angle:.3f}" for angle in angles]
     box = [f"{edge:.1f}" for edge in view.face.box]
-    return [source, frame.number, f"{frame.seconds:.3f}", view.number, f"{pitch:.3f}", f"{yaw:.3f}", f"{camera[0]:.3f}",
-            f"{camera[1]:.3f}", *head, *box, f"{view.face.confidence:.3f}"]
+    return [source, frame.number, f"{frame.seconds:.3f}", view.number, *texts, *box, f"{view.face.confidence:.3f}"]
 
 
 def export_onnx(model, path):
@@ -395,9 +337,9 @@ def set_up(cfg):
     if cfg.camera:
         setup.camera = numbers(cfg.camera, "camera", "fx,fy,cx,cy")
     if cfg.calibration:
-        setup.calibration = load_calibration(cfg.calibration)
+        setup.calibration = calibrate.load(cfg.calibration)
     if cfg.targets:
-        setup.targets = read_targets(cfg.targets)
+        setup.targets = calibrate.read_targets(cfg.targets)
     return setup
 
 
@@ -430,28 +372,37 @@ def run(cfg, model, device):
     with open(out / "gaze.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
-        for source in list_sources(cfg.video):
-            pairs += show_source(source, cfg, setup, model, device, table)
+        sources = list_sources(cfg.video)
+        for source in sources:
+            try:
+                pairs += show_source(source, cfg, setup, model, device, table)
+            except VideoError as error:
+                if len(sources) == 1:
+                    raise
+                print(f"skipped: {error}")
     if cfg.targets:
-        save_calibration(out / "calibration.json", pairs)
+        calibrate.save(out / "calibration.json", pairs)
     print(f"{out}: pictures with arrows, gaze.csv")
 
 
 def show_source(source, cfg, setup, model, device, table):
     """Write what is seen in one picture, film or stream. Returns pairs of (predicted, true) angles for --targets."""
     live = not Path(source).is_file()
-    name = "live" if live else Path(source).stem
+    name = "live" if live else Path(source).name.replace(".", "_")              # a.jpg and a.png may lie side by side
     out = Path(cfg.out)
     frames = (frame for frame in read_frames(source) if frame.number % cfg.every == 0)
     frames = turn_back(frames) if cfg.mirror else frames
     seen = look(islice(frames, cfg.max_frames), 1 if live else cfg.batch_size, cfg, setup, model, device)
 
     pairs = []
-    n_frames, n_empty, n_faces, n_turned_away = 0, 0, 0, 0
+    n_frames = 0
+    n_empty = 0
+    n_faces = 0
+    n_turned_away = 0
     with ExitStack() as stack:
         film = None
         try:
-            for frame, views, n_away in tqdm(seen, f"{name}", unit=" frames", disable=None):
+            for frame, views, n_away in tqdm(seen, name, unit=" frames", disable=None):
                 n_frames += 1
                 n_empty += not views
                 n_faces += len(views)

@@ -1,0 +1,82 @@
+"""
+A person's own correction, fitted from a few known targets. Eyes differ: their line of sight lies some degrees beside
+the axis that a camera sees, differently for everybody. In radians, in the normalised crop:
+
+    gaze <- matrix · gaze + offset
+
+show.py makes the file (--targets) and uses it (--calibration).
+"""
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.checkpoint import write_whole
+from unigaze.model import angular_error
+
+SHRINK = 1e-3    # radians², pulls the matrix to the identity where targets hardly differ
+
+
+def read_targets(path):
+    """{frame: (3,) mm} of a table with the columns frame, x, y, z."""
+    targets = {}
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                targets[int(row["frame"])] = np.array([float(row["x"]), float(row["y"]), float(row["z"])])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"targets={path}: no such file") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"targets={path}: a table with the columns frame,x,y,z is expected ({error!r})") from error
+    return targets
+
+
+def fit(predicted, true):
+    """Matrix (2, 2) and offset (2,) that bring predicted angles (n, 2) to the true ones. From three directions on an
+    affine map, with fewer an offset."""
+    wanted = true - predicted                          # what must be added
+    if len(np.unique(true.round(2), axis=0)) < 3:
+        return np.eye(2), wanted.mean(axis=0)
+
+    # ridge regression of what must be added
+    x = predicted - predicted.mean(axis=0)
+    y = wanted - wanted.mean(axis=0)
+    A = x.T @ x + SHRINK * len(x) * np.eye(2)
+    change = np.linalg.solve(A, x.T @ y).T
+    offset = wanted.mean(axis=0) - change @ predicted.mean(axis=0)
+    return np.eye(2) + change, offset
+
+
+def save(path, pairs):
+    """Fit a list of (predicted, true) angles, say what it brings, write the file."""
+    if len(pairs) < 2:
+        raise ValueError(f"{len(pairs)} frames of --targets show exactly one face: at least two are needed")
+    predicted = np.array([pair[0] for pair in pairs])
+    true = np.array([pair[1] for pair in pairs])
+    matrix, offset = fit(predicted, true)
+    before = mean_error(predicted, true)
+    after = mean_error(predicted @ matrix.T + offset, true)
+
+    content = {"matrix": matrix.tolist(), "offset": offset.tolist(), "frames": len(pairs)}
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+    print(f"{path}: fitted to {len(pairs)} frames, error {before:.2f}° before, {after:.2f}° after (on these frames)")
+
+
+def mean_error(a, b):
+    """Degrees."""
+    return float(angular_error(torch.from_numpy(a), torch.from_numpy(b)).mean())
+
+
+def load(path):
+    """Matrix and offset of a file that save() wrote."""
+    try:
+        content = json.loads(Path(path).read_text())
+        matrix = np.array(content["matrix"], dtype=np.float64).reshape(2, 2)
+        offset = np.array(content["offset"], dtype=np.float64).reshape(2)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"calibration={path}: no such file; --targets makes one") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"calibration={path} is no file of --targets ({error})") from error
+    return matrix, offset
