@@ -36,7 +36,7 @@ from videomae import VideoMAE, VideoMAEConfig
 GAZE, MAE = GazeConfig(), VideoMAEConfig()
 SIGLIP = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 GROUP = 4                              # rollouts of the GRPO step; published: 12
-PRODUCT = {"cpu": 2048, "cuda": 8192}  # side of the large matrix product
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # side of the large matrix product
 
 
 @dataclass
