@@ -3,32 +3,44 @@ import math
 
 import torch
 
+LARGEST = 20  # of normalised pixels, which lie within -7 and 3; of bytes, 255
+
 
 def check_video(video, like, recipe, size=None, name="video"):
     """Return video (B, T, 3, H, W) in the floating-point type of the weights `like`, or raise a ValueError that says
     what is wrong with it. recipe: how a user makes such pixels, for the message. size: H and W, if they are given."""
-    shape = tuple(video.shape)
-    if video.dim() != 5:
-        raise ValueError(f"{name} has shape {shape}, expected 5 dimensions (B, T, 3, H, W); of a single clip: "
-                         f"{name}.unsqueeze(0)")
-    if shape[2] != 3 and shape[1] == 3:
-        raise ValueError(f"{name} has shape {shape}, which looks like (B, 3, T, H, W): give {name}.transpose(1, 2)")
-    if shape[2] != 3:
-        raise ValueError(f"{name} has shape {shape}, expected 3 channels (RGB) in (B, T, 3, H, W)")
-    if 0 in shape:
-        raise ValueError(f"{name} has shape {shape}: nothing in it")
-    if size is not None and shape[3:] != (size, size):
-        raise ValueError(f"{name} has {shape[3]} x {shape[4]} pixels, this model takes {size} x {size}: "
-                         "data.resize_crop makes them")
+    if not isinstance(video, torch.Tensor):
+        raise ValueError(f"{name} is a {type(video).__name__}, expected a tensor (B, T, 3, H, W)")
+    check_shape(video, size, name)
 
     if not video.is_floating_point():
         raise ValueError(f"{name} is {video.dtype}, 0..255? Give {recipe}")
     if video.device != like.device:
         raise ValueError(f"{name} is on {video.device}, the model on {like.device}: move one of them")
 
-    darkest, brightest = torch.stack(video.detach().aminmax()).tolist()     # one wait on a GPU
+    extremes = video.detach().aminmax()
+    darkest, brightest = torch.stack(extremes).tolist()     # one wait on a GPU
     if not (math.isfinite(darkest) and math.isfinite(brightest)):
         raise ValueError(f"{name} holds NaN or infinity")
-    if max(-darkest, brightest) > 20:
+    if max(-darkest, brightest) > LARGEST:
         raise ValueError(f"{name} has values of {darkest:.4g} to {brightest:.4g}, 0..255? Give {recipe}")
     return video.to(like.dtype)
+
+
+def check_shape(video, size, name):
+    shape = tuple(video.shape)
+    has_shape = f"{name} has shape {shape}, expected (B, T, 3, H, W)"
+    if len(shape) == 4:
+        raise ValueError(f"{has_shape}: of a single clip, {name}.unsqueeze(0)")
+    if len(shape) != 5:
+        raise ValueError(has_shape)
+    if shape[2] != 3 and shape[1] == 3:
+        raise ValueError(f"{has_shape}: this looks like (B, 3, T, H, W), give {name}.transpose(1, 2)")
+    if shape[2] != 3 and shape[4] == 3:
+        raise ValueError(f"{has_shape}: this looks like (B, T, H, W, 3), give {name}.movedim(-1, 2)")
+    if shape[2] != 3:
+        raise ValueError(f"{has_shape}: 3 channels are red, green and blue")
+    if video.numel() == 0:
+        raise ValueError(f"{has_shape}: there is nothing in it")
+    if size is not None and shape[3:] != (size, size):
+        raise ValueError(f"{has_shape}: H and W must be {size}, data.resize_crop makes them so")

@@ -17,9 +17,12 @@ def with_value(value):
 
 
 WRONG = [
-    (GOOD[0], r"\(4, 3, 32, 32\), expected 5 dimensions"),
-    (GOOD.transpose(1, 2), r"looks like \(B, 3, T, H, W\): give .*transpose\(1, 2\)"),
-    (GOOD[:, :, :1], "expected 3 channels"),
+    (GOOD.numpy(), "is a ndarray, expected a tensor"),
+    (GOOD[0], r"\(4, 3, 32, 32\), expected \(B, T, 3, H, W\).*unsqueeze\(0\)"),
+    (GOOD[0, 0], r"\(3, 32, 32\), expected \(B, T, 3, H, W\)"),
+    (GOOD.transpose(1, 2), r"looks like \(B, 3, T, H, W\), give .*transpose\(1, 2\)"),
+    (GOOD.movedim(2, -1), r"looks like \(B, T, H, W, 3\), give .*movedim\(-1, 2\)"),
+    (GOOD[:, :, :1], "3 channels"),
     (GOOD[:, :0], "nothing in it"),
     (GOOD[:0], "nothing in it"),
     ((GOOD * 50).byte(), "is torch.uint8, 0..255"),
@@ -46,7 +49,7 @@ def gazing():
 
 
 def test_the_reconstructor_names_wrong_input(mae, gazing):
-    for video, message in [*WRONG, (normal_video(2, 4, side=48), "48 x 48 pixels, this model takes 32 x 32")]:
+    for video, message in [*WRONG, (normal_video(2, 4, side=48), "H and W must be 32")]:
         with pytest.raises(ValueError, match=message):
             mae(video, gazing, [0])
     with pytest.raises(ValueError, match="to_model_pixels"):
