@@ -60,8 +60,8 @@ def pack(weight):
 
 
 def onednn_pays(x):
-    return (ONEDNN_IS_FASTER and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled
-            and not torch.is_autocast_enabled("cpu"))
+    is_on = ONEDNN_IS_FASTER and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return is_on and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def onednn_linear(x, weight, bias=None):
@@ -109,8 +109,11 @@ def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False):
     if by_head_pays(q, k):
         if is_causal:
             return CausalByHead.apply(q, k, v)
-        if not torch.is_grad_enabled() and (attn_mask is None or is_key_mask(attn_mask)):
-            return attend_by_head(q, k, v, None if attn_mask is None else attn_mask[:, 0, 0])
+        if not torch.is_grad_enabled():
+            if attn_mask is None:
+                return attend_by_head(q, k, v)
+            if is_key_mask(attn_mask):
+                return attend_by_head(q, k, v, keep=attn_mask[:, 0, 0])
 
     if is_causal and q.shape[2] < k.shape[2]:
         return attend_past_and_new(q, k, v)
@@ -132,18 +135,23 @@ def attend_past_and_new(q, k, v):
     """Causal attention on a CPU, where a mask would cost 14 %. Attend to the past and to the new keys separately, then
     merge the two with their log-sum-exp, which only this operator returns."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    n_past = k.shape[2] - q.shape[2]
-    past, past_sum = attend(q, k[:, :, :n_past], v[:, :, :n_past])
-    new, new_sum = attend(q, k[:, :, n_past:], v[:, :, n_past:], is_causal=True)
+    sizes = [k.shape[2] - q.shape[2], q.shape[2]]
+    past_k, new_k = k.split(sizes, dim=2)
+    past_v, new_v = v.split(sizes, dim=2)
+    past, past_sum = attend(q, past_k, past_v)
+    new, new_sum = attend(q, new_k, new_v, is_causal=True)
 
     past_share = torch.sigmoid(past_sum - new_sum).unsqueeze(-1)
     return torch.lerp(new, past, past_share.to(new.dtype))
 
 
 def by_head_pays(q, k):
-    is_large = q.shape[2] * k.shape[2] * q.shape[3] >= MIN_MULTIPLICATIONS_PER_HEAD
-    is_bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-    return is_large and (is_bfloat16 or onednn_pays(q))
+    n_multiplications = q.shape[2] * k.shape[2] * q.shape[3]
+    if n_multiplications < MIN_MULTIPLICATIONS_PER_HEAD:
+        return False
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return not torch.is_grad_enabled()
+    return onednn_pays(q)
 
 
 def is_key_mask(mask):
@@ -158,8 +166,10 @@ def attend_by_head(q, k, v, keep=None, is_causal=False):
     q = q * q.shape[-1] ** -0.5
     for b, h, rows, keys in parts(q, k, is_causal):
         keep_keys = None if keep is None else keep[b]
-        probabilities = attention_probabilities(q[b, h, rows], k[b, h, keys], keep_keys, is_causal)
-        out[b, h, rows] = linear(probabilities, v[b, h, keys].T)
+        queries = q[b, h, rows]
+        values = v[b, h, keys]
+        probabilities = attention_probabilities(queries, k[b, h, keys], keep_keys, is_causal)
+        out[b, h, rows] = linear(probabilities, values.T)
     return out
 
 
@@ -184,8 +194,9 @@ def attention_probabilities(q, k, keep, is_causal):
     if keep is not None:
         scores.masked_fill_(~keep, float("-inf"))
     if is_causal:
-        is_later = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-        scores[:, -len(q):].masked_fill_(is_later, float("-inf"))
+        n = len(q)
+        is_later = torch.ones(n, n, dtype=torch.bool).triu(1)
+        scores[:, -n:].masked_fill_(is_later, float("-inf"))
     return torch.softmax(scores, dim=-1, out=scores)
 
 
@@ -208,16 +219,20 @@ class CausalByHead(torch.autograd.Function):
         grad = grad.contiguous()
         mean = (grad * out).sum(-1, keepdim=True)      # of the gradient under each query's probabilities
 
-        q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        q_grad = torch.empty_like(q)
+        k_grad = torch.zeros_like(k)
+        v_grad = torch.zeros_like(v)
         for b, h, rows, keys in parts(q, k, is_causal=True):
-            queries, out_grad = q[b, h, rows], grad[b, h, rows]
-            probabilities = attention_probabilities(queries, k[b, h, keys], None, is_causal=True)
+            queries = q[b, h, rows]
+            some_keys = k[b, h, keys]
+            out_grad = grad[b, h, rows]
+            probabilities = attention_probabilities(queries, some_keys, None, is_causal=True)
 
             # Gradient of the scores: each probability times how far its value's gradient lies above the mean.
-            value_grad = linear(out_grad, v[b, h, keys])
-            score_grad = value_grad.sub_(mean[b, h, rows]).mul_(probabilities)
+            score_grad = linear(out_grad, v[b, h, keys])
+            score_grad.sub_(mean[b, h, rows]).mul_(probabilities)
 
-            q_grad[b, h, rows] = linear(score_grad, k[b, h, keys].T).mul_(scale)
+            q_grad[b, h, rows] = linear(score_grad, some_keys.T).mul_(scale)
             k_grad[b, h, keys] += linear(queries.T, score_grad.T).T
             v_grad[b, h, keys] += linear(out_grad.T, probabilities.T).T
         return q_grad, k_grad, v_grad
@@ -225,5 +240,6 @@ class CausalByHead(torch.autograd.Function):
 
 def with_whole_rows(x):
     """x (B, H, L, d) with each head's rows one behind the other, which oneDNN multiplies without copying them."""
-    has_whole_rows = x.stride()[2:] == (x.shape[3], 1)
-    return x if has_whole_rows else x.contiguous()
+    if x.stride()[2:] == (x.shape[3], 1):
+        return x
+    return x.contiguous()
