@@ -15,7 +15,6 @@ folder of
 import json
 import os
 import shutil
-import time
 import warnings
 from array import array
 from pathlib import Path
@@ -109,12 +108,13 @@ def check_label(key, label, n_frames, n_ids, path):
         if len(ids) != len(values):
             raise ValueError(f"{where} frame {t} has {len(ids)} gazes but {len(values)} losses")
 
-        low, high = 0, LARGEST_ID
+        first, last = 0, LARGEST_ID
         if n_ids:
-            low, high = n_ids * t, n_ids * t + n_ids - 1
+            first = n_ids * t
+            last = first + n_ids - 1
         for i in ids:
-            if type(i) is not int or not low <= i <= high:
-                raise ValueError(f"{where} frame {t}: id {i} is not in {low}..{high} (other scales or patch size?)")
+            if type(i) is not int or not first <= i <= last:
+                raise ValueError(f"{where} frame {t}: id {i} is not in {first}..{last} (other scales or patch size?)")
             if i in taken:
                 raise ValueError(f"{where} frame {t} takes a patch twice: {i}")
             taken.add(i)
@@ -132,7 +132,6 @@ def pack_labels(source, out=None):
     """Label file -> folder `out` (default: its name with .packed) for PackedLabels. Every label is checked as when it
     is read from the JSON file, except for the range of ids, which depends on the model. Takes the memory of json.load.
     """
-    t0 = time.time()
     source = Path(source)
     out = Path(out or source.with_suffix(".packed"))
     if out.exists() and not (out / "meta.json").is_file():
@@ -146,7 +145,7 @@ def pack_labels(source, out=None):
     ids = array("i")
     losses = array("f")
     offsets = [0]
-    bounds = [(LARGEST_ID, -1)] * n_frames
+    bounds = [(LARGEST_ID, -1)] * n_frames  # of a frame without ids
     for key in tqdm(keys, desc="packing", unit=" clips"):
         label = labels.pop(key)
         check_label(key, label, n_frames, None, source)
@@ -154,8 +153,9 @@ def pack_labels(source, out=None):
             ids.extend(frame)
             losses.extend(label["task_losses"][t])
             offsets.append(len(ids))
-            lowest, highest = bounds[t]
-            bounds[t] = min(lowest, *frame, LARGEST_ID), max(highest, *frame, -1)
+            if frame:
+                lowest, highest = bounds[t]
+                bounds[t] = min(lowest, *frame), max(highest, *frame)
 
     # the folder appears whole or not at all
     tmp = Path(f"{out}.tmp")
@@ -165,11 +165,15 @@ def pack_labels(source, out=None):
     np.save(tmp / "ids.npy", np.array(ids, np.int32))
     np.save(tmp / "losses.npy", np.array(losses, np.float32))
     np.save(tmp / "offsets.npy", np.array(offsets, np.int64))
-    meta = {"frames": n_frames, "bounds": bounds, "source": os.path.abspath(source), "bytes": source.stat().st_size}
+    meta = {
+        "frames": n_frames,
+        "bounds": bounds,
+        "source": os.path.abspath(source),
+        "bytes": source.stat().st_size}
     (tmp / "meta.json").write_text(json.dumps(meta) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     os.rename(tmp, out)
-    print(f"{out}: {len(keys)} clips of {n_frames} frames, {len(ids)} gazes, {time.time() - t0:.0f} s")
+    print(f"{out}: {len(keys)} clips of {n_frames} frames, {len(ids)} gazes")
     return out
 
 
@@ -190,8 +194,8 @@ class PackedLabels:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"labels={path}: not a folder written by `python data.py pack`, or copied in part: "
                              f"pack again ({error})") from error
-        n_frames = len(self.keys) * self.n_frames
-        if len(self.offsets) != n_frames + 1 or not self.offsets[-1] == len(self.ids) == len(self.losses):
+        n_edges = len(self.keys) * self.n_frames + 1
+        if len(self.offsets) != n_edges or not self.offsets[-1] == len(self.ids) == len(self.losses):
             raise ValueError(f"labels={path}: its files are of different label files: pack again")
 
     def open(self, name):
@@ -241,7 +245,8 @@ class PackedLabels:
         if self.n_frames != n_frames:
             return False
         for t, (lowest, highest) in enumerate(self.bounds):
-            is_empty = lowest > highest
-            if not is_empty and (lowest < n_ids * t or highest >= n_ids * (t + 1)):
+            first = n_ids * t
+            last = first + n_ids - 1
+            if lowest <= highest and not first <= lowest <= highest <= last:
                 return False
         return True
