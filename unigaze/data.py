@@ -1,5 +1,5 @@
 """
-Faces in .h5 files: which sets there are, how their files are read, how a picture becomes a normalised crop.
+Faces in .h5 files: which sets and protocols there are, how files are read, and a check of what is there.
 
     python -m unigaze.data check data/faces cross_xgaze               # what is there of a protocol, and check.png
 
@@ -9,7 +9,7 @@ face_gaze and face_head_pose (n, 2), and more that nothing here needs.
 Signs, as published: a label is pitch and yaw in radians of MINUS the direction of sight in the normalised camera (x
 right, y down, z away). So pitch > 0 looks up, and yaw > 0 looks to the LEFT of the picture. README.md has a picture.
 
-Dimension key: n faces in a file, S side of a crop, H/W source size, N points, B batch.
+Dimension key: n faces in a file, S side of a crop, B batch.
 """
 import math
 import os
@@ -106,7 +106,7 @@ HALVES = ("mpiigaze_test", "eyediap_cs_test", "eyediap_ft_test")
 PRETRAINING = ("vggface2", "vfhq", "celebv", "sfhq_t2i", "facesyn", "ffhq_albedo_nv", "xgaze_mvs_dense")
 
 PROTOCOLS = {
-    # train on one set, test on all others
+    # train on one set, test on all others; which part of XGaze the other four test on is our choice
     "cross_xgaze": {
         "train": ("xgaze_0_80sub_d3",),
         "val": HALVES,
@@ -233,11 +233,11 @@ def inspect_file(path, labelled):
             hint = "groups of persons: convert it, python -m unigaze.convert gazecapture"
             raise FaceError(f"{path}: has no face_patch, only {hint if is_grouped else ', '.join(file) or 'nothing'}")
         patch = file["face_patch"]
-        n = len(patch)
         is_square = patch.ndim == 4 and patch.shape[1] == patch.shape[2] and patch.shape[3] == 3
         if not is_square or patch.dtype != np.uint8:
             raise FaceError(f"{path}: face_patch is {patch.dtype} of shape {patch.shape}, not uint8 (n, S, S, 3)")
 
+        n = len(patch)
         if labelled and "face_gaze" not in file:
             raise FaceError(f"{path}: has no face_gaze, so there is nothing to train or test on")
         for name in ("face_gaze", "face_head_pose"):
