@@ -65,7 +65,7 @@ class Config:
     # which frames
     start: float = 0.0                 # seconds, by the average frame rate
     duration: float | None = None      # seconds from start; none: to the end
-    max_frames: int | None = None      # stop after so many; none: at the end
+    max_frames: int = 0                # stop after so many; 0: at the end
     fps: float | None = None           # frames per second to look at; none: all
     # run
     batch_size: int = 16               # with scale: tiles at once in the model
@@ -74,7 +74,7 @@ class Config:
     def check(self):
         if not self.video:
             raise ValueError("no video given: write --video=my.mp4")
-        configurator.check_at_least(self, batch_size=1, start=0, max_frames=1)
+        configurator.check_at_least(self, batch_size=1, start=0, max_frames=0)
         if self.gazing_ratio is not None:
             configurator.check_share(self, "gazing_ratio")
         if self.duration is not None and self.duration <= 0:
