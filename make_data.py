@@ -93,8 +93,9 @@ class ScanConfig:
 
 def check_even(cfg, *keys):
     for key in keys:
-        if getattr(cfg, key) % 2:
-            raise ValueError(f"--{key}={getattr(cfg, key)}: must be even, the video format halves its colour planes")
+        value = getattr(cfg, key)
+        if value % 2:
+            raise ValueError(f"--{key}={value}: must be even, the video format halves its colour planes")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,7 +114,10 @@ def texture(rng, h, w, sides, n_patches, rough, period):
         patch_h, patch_w = rng.integers(*sides, 2)
         y = rng.integers(-patch_h // 2, h - patch_h // 2)
         x = rng.integers(-patch_w // 2, w - patch_w // 2)
-        patch = image[max(y, 0):y + patch_h, max(x, 0):x + patch_w]  # a view: filled in place
+        top = max(y, 0)
+        left = max(x, 0)
+        patch = image[top:y + patch_h, left:x + patch_w]  # a view: filled in place
+
         shade = pattern(rng, *patch.shape[:2], patch_h, patch_w, period)
         dark, light = rng.uniform(20, 235, (2, 3))
         patch[:] = dark + shade[..., None] * (light - dark)
@@ -200,7 +204,9 @@ def render_shot(rng, cfg, n_frames, kind):
         dy -= dy.min()
         dx -= dx.min()
         wide = texture(rng, height + dy.max(), width + dx.max(), sides, n_patches, rough=0, period=height / 6)
-        frames = np.stack([wide[y:y + height, x:x + width] for y, x in zip(dy, dx, strict=True)])
+        frames = np.empty((n_frames, height, width, 3), np.uint8)
+        for t in range(n_frames):
+            frames[t] = wide[dy[t]:dy[t] + height, dx[t]:dx[t] + width]
         n_sprites = rng.integers(0, 2)
     else:
         background = texture(rng, height, width, sides, n_patches, rough=0, period=height / 6)
@@ -255,16 +261,26 @@ def cut_video(job):
         # where windows start; a short video is one short window
         span = (cfg.n_frames - 1) * cfg.stride + 1
         hop = cfg.hop or cfg.n_frames * cfg.stride
-        starts = np.arange(0, max(count_frames(path) - span, 0) + 1, hop)
+        last_start = max(count_frames(path) - span, 0)
+        starts = np.arange(0, last_start + 1, hop)
         if len(starts) > cfg.max_windows:
-            starts = starts[np.linspace(0, len(starts) - 1, cfg.max_windows).astype(int)]
-        files = {int(start): Path(folder, f"{name}_{start:06d}.mp4") for start in starts}
-        missing = {start for start, file in files.items() if not file.exists()}
-        wanted = {start + k * cfg.stride for start in missing for k in range(cfg.n_frames)}
+            spread = np.linspace(0, len(starts) - 1, cfg.max_windows)
+            starts = starts[spread.astype(int)]
+
+        # those that are not there yet, and the frames they need
+        files = {}
+        missing = set()
+        wanted = set()
+        for start in starts.tolist():
+            files[start] = Path(folder, f"{name}_{start:06d}.mp4")
+            if not files[start].exists():
+                missing.add(start)
+                wanted.update(range(start, start + span, cfg.stride))
 
         # The source is read once. Only the windows that overlap the current frame are in memory, at their final size.
         open_windows = {}  # start -> frames so far
-        for i, image in decode(path, wanted) if wanted else ():
+        frames = decode(path, wanted) if wanted else []
+        for i, image in frames:
             if i in missing:
                 open_windows[i] = []
             frame = resize(image, cfg.size)
@@ -307,12 +323,16 @@ def scan_image(job):
     for k in range(cfg.n_per_image):
         rng = np.random.default_rng([cfg.seed, k, *name.encode()])
         angle = rng.uniform(0, 2 * math.pi)
-        ys = bounce(rng.uniform(0, room_y), cfg.step * math.sin(angle), cfg.n_frames, room_y)
-        xs = bounce(rng.uniform(0, room_x), cfg.step * math.cos(angle), cfg.n_frames, room_x)
+        step_y = cfg.step * math.sin(angle)
+        step_x = cfg.step * math.cos(angle)
+        ys = bounce(rng.uniform(0, room_y), step_y, cfg.n_frames, room_y)
+        xs = bounce(rng.uniform(0, room_x), step_x, cfg.n_frames, room_x)
 
         file = Path(folder, f"{name}_{k:03d}.mp4")
         if not file.exists():
-            frames = [image[y:y + cfg.window, x:x + cfg.window] for y, x in zip(ys, xs, strict=True)]
+            frames = []
+            for y, x in zip(ys, xs, strict=True):
+                frames.append(image[y:y + cfg.window, x:x + cfg.window])
             write_video(file, frames)
     return cfg.n_per_image, None
 
@@ -368,7 +388,10 @@ def convert(cfg, function, suffixes):
     """Run function((cfg, path, folder to write to, name)) -> (number of clips, error or None) on every source file,
     with whole sources held out for val. Unreadable ones cost one warning; a split without clips is an error."""
     files = find_sources(cfg, suffixes)
-    n_val = max(1, round(cfg.val_fraction * len(files))) if cfg.val_fraction > 0 else cfg.val_videos
+    if cfg.val_fraction > 0:
+        n_val = max(1, round(cfg.val_fraction * len(files)))
+    else:
+        n_val = cfg.val_videos
     if not 0 < n_val < len(files):
         raise ValueError(f"--src={cfg.src} has {len(files)} files ({' '.join(suffixes)}), {n_val} of them to be held "
                          "out for val, and both splits need one: add files or hold out another number")
@@ -385,7 +408,8 @@ def convert(cfg, function, suffixes):
             name = f"{path.stem}-{n}"
             n += 1
         names.add(name)
-        jobs.append((cfg, path, Path(cfg.out, "val" if i in held_out else "train"), name))
+        split = "val" if i in held_out else "train"
+        jobs.append((cfg, path, Path(cfg.out, split), name))
     results = run(function, jobs, cfg.n_workers)
 
     # what came of every source

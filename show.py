@@ -462,8 +462,8 @@ def write_numbers(cfg, view, rate, rows, out):
     arrays["patch_size"] = config.patch_size
     if "loss" in rows[0]:
         arrays["loss"] = np.array([row["loss"] for row in rows])
-    np.savez(out / ".gaze.npz", **arrays)
-    os.replace(out / ".gaze.npz", out / "gaze.npz")
+    with video_out.written_whole(out / "gaze.npz") as temporary:
+        np.savez(temporary, **arrays)
 
     # the same in numbers
     n = len(rows)

@@ -3,6 +3,7 @@
 A picture is a (H, W, 3) uint8 RGB array. A point is (x, y), a box is (left, top, right, bottom), both in pixels of the
 picture, and a colour is a name or "#rrggbb". What draws returns a new picture and leaves the given one as it is.
 """
+import contextlib
 import functools
 import os
 from fractions import Fraction
@@ -181,16 +182,26 @@ def contact_sheet(path, rows, titles=(), captions=(), legend=None, title="", cel
     save_picture(path, sheet)
 
 
-def save_picture(path, picture):
-    """Write a PNG file, whole or not at all."""
+@contextlib.contextmanager
+def written_whole(path):
+    """Gives a temporary name to write to. The file gets its own name when the block ends well; else nothing is left.
+    OSError, of a full disk for instance, names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half_written = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}")  # hidden: who lists videos passes over it
     try:
-        Image.fromarray(picture).save(half_written, format="PNG")
-        os.replace(half_written, path)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
-        half_written.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def save_picture(path, picture):
+    """Write a PNG file, whole or not at all."""
+    with written_whole(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,12 +222,13 @@ class VideoWriter:
     def __init__(self, path, fps, crf=18, preset="veryfast", threads=0):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.half_written = self.path.with_name(f".{self.path.name}")  # hidden: who lists videos passes over it
+        self.temporary = self.path.with_name(f".{self.path.name}")
 
         # file: keeps FFmpeg from reading "12:30.mp4" as a protocol called 12
-        self.container = av.open(f"file:{self.half_written}", "w", format="mp4")
+        self.container = av.open(f"file:{self.temporary}", "w", format="mp4")
         rate = Fraction(fps).limit_denominator(10_000)
-        self.stream = self.container.add_stream("libx264", rate=rate, options={"preset": preset, "crf": str(crf)})
+        options = {"preset": preset, "crf": str(crf)}
+        self.stream = self.container.add_stream("libx264", rate=rate, options=options)
         self.stream.pix_fmt = "yuv420p"
         self.stream.codec_context.thread_count = threads
         self.size = None
@@ -229,8 +241,9 @@ class VideoWriter:
             self.stream.width = width + width % 2
         assert picture.shape == self.size and picture.dtype == np.uint8, (picture.shape, self.size, picture.dtype)
 
-        height, width = picture.shape[:2]
-        picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        below = self.stream.height - picture.shape[0]
+        right = self.stream.width - picture.shape[1]
+        picture = np.pad(picture, ((0, below), (0, right), (0, 0)), mode="edge")
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         self.container.mux(self.stream.encode(frame))
 
@@ -244,11 +257,11 @@ class VideoWriter:
                 self.container.mux(self.stream.encode(None))  # what the encoder still holds
             self.container.close()
             if complete:
-                os.replace(self.half_written, self.path)
+                os.replace(self.temporary, self.path)
         except av.FFmpegError as later:
             error = error or later
         finally:
-            self.half_written.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
 
         # a full disk shows at a picture or at the end, and FFmpeg does not say of which file
         if isinstance(error, av.FFmpegError):
