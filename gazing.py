@@ -282,6 +282,20 @@ def split_chunks(video, n_frames):
     return list(video.split(n_frames, dim=1))
 
 
+def cut_chunks(clips, n_frames):
+    """Clips (T, …) of a tensor or list -> list of all their chunks (n_frames, …), which follow one another. The last
+    chunk of a clip is filled up with its last frame."""
+    chunks = []
+    for clip in clips:
+        for chunk in clip.split(n_frames):
+            missing = n_frames - len(chunk)
+            if missing:
+                fill = chunk[-1:].expand(missing, *chunk.shape[1:])
+                chunk = torch.cat([chunk, fill])
+            chunks.append(chunk)
+    return chunks
+
+
 def join_chunks(chunks, num_ids):
     """Gazings of consecutive chunks of the same clips -> one gazing of the whole video."""
     joined = []
@@ -427,9 +441,9 @@ class Tiling:
         tile_width = self.tile * source_size[1] / self.size[1]
         return 0, 0, tile_height, tile_width
 
-    def views(self, video):
-        """video (B, T, C, H, W), resized to the finest target scale and padded with 0 where needed -> its tiles as
-        views (B, rows, columns, T, C, tile, tile), which share its memory."""
+    def clips(self, video):
+        """video (B, T, C, H, W), resized to the finest target scale and padded with 0 where needed -> list of its tiles
+        (T, C, tile, tile), clip by clip, then row by row; they share its memory."""
         frames = video.flatten(0, 1)
         if frames.shape[-2:] != self.size:
             frames = F.interpolate(frames, self.size, mode="bicubic", align_corners=False)
@@ -437,17 +451,16 @@ class Tiling:
         right = self.columns * self.tile - self.size[1]
         if below or right:
             frames = F.pad(frames, (0, right, 0, below))
-        return rearrange(frames, "(b t) c (i h) (j w) -> b i j t c h w", b=len(video), i=self.rows, j=self.columns)
+
+        tiles = []
+        for clip in frames.unflatten(0, video.shape[:2]):
+            for row in clip.split(self.tile, dim=2):
+                tiles += row.split(self.tile, dim=3)
+        return tiles
 
     def cut(self, video):
-        """video (B, T, C, H, W) -> tiles (B·rows·columns, T, C, tile, tile): clip, then row, then column."""
-        return self.views(video).flatten(0, 2)
-
-    def repeat(self, value):
-        """Values per clip and frame -> per tile and frame; others as they are."""
-        if value is None or torch.as_tensor(value).dim() < 2 or len(value) == 1:
-            return value
-        return torch.as_tensor(value).repeat_interleave(self.rows * self.columns, dim=0)
+        """The same as one tensor (B·rows·columns, T, C, tile, tile)."""
+        return torch.stack(self.clips(video))
 
     def join(self, masks):
         """gazing_mask of the tiles -> gazing of whole frames, with gazing_mask; ids count the target's patches."""

@@ -2,30 +2,46 @@
 
     gaze = Gaze(GazeConfig())                                  # fresh weights, published size (3.3 M parameters)
     gaze = Gaze.from_pretrained("out/toy/grpo")                # a folder, or a Hugging Face hub id
-    out = gaze.generate(video, gazing_ratio=0.1)               # choose patches: video (B, T, 3, R, R) -> dict
-    log_prob, task_loss = gaze(video, out)                     # score given patches, with gradients
+    gazing = gaze.generate(video, gazing_ratio=0.1)            # choose patches: video (B, T, 3, R, R) -> dict
+    log_prob, task_loss = gaze(video, gazing)                  # score given patches, with gradients
+    stream = gaze.stream(); gazing = stream.step(frame)        # frame by frame, with the same result
 
-A *gaze* of B clips is a dict of three tensors, frame after frame along N (paper, section 3):
+A *gazing* of B clips is a dict of three tensors, frame after frame along N (paper, section 3; see gazing.py):
     gazing_pos             (B, N) int64   patch id within its frame + V * frame
-    if_padded_gazing       (B, N) bool    True = a dummy slot; its gazing_pos means nothing
+    if_padded_gazing       (B, N) bool    True = a padded slot; its gazing_pos means nothing
     num_gazing_each_frame  (T,)   int64   slots of each frame, the same for all clips; sums to N
 
 Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), P vision tokens per frame (finest
-scale), K slots predicted at once, N slots of a clip, L tokens of a clip, D width, H heads.
+scale), K slots predicted at once, N slots of a clip, L tokens of a clip, Q of them whose output is read, D width,
+H heads, d width of a head, M width of the MLP.
 """
-import functools
 import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
 
-from gazing import Grids, Tiling, join_frames, pack_front, split_frames
+from gazing import (
+    Grids,
+    Tiling,
+    cut_chunks,
+    drop_empty_slots,
+    frame_of_slot,
+    join_chunks,
+    join_clips,
+    join_frames,
+    pack_front,
+    rows,
+    split_frames,
+    to_masks,
+)
 from lib.attention import causal_attention
-from lib.cpu import Linear, linear, pack
-from lib.weights import assign, load_gaze, published_name, save_gaze
+from lib.cpu import Linear, conv3d, linear, pack
+from lib.pixels import check_video
+from lib.weights import load_gaze, load_module, published_name, save_gaze
+
+PIECES_AT_ONCE = 16  # chunks of long videos and tiles of large ones that run together unless batch_size says otherwise
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration
@@ -39,7 +55,7 @@ class GazeConfig(Grids):
     hidden_size: int = 192             # D
     num_layers: int = 4
     num_heads: int = 6
-    intermediate_size: int = 384       # SwiGLU
+    intermediate_size: int = 384       # M, of SwiGLU
     num_conv_blocks: int = 1
     num_multi_token_pred: int = 10     # K
     rms_norm_eps: float = 1e-5
@@ -51,7 +67,7 @@ class GazeConfig(Grids):
     initializer_range: float = 0.02    # of fresh weights
     gazing_ratio: float = 0.75         # used by generate() when the caller gives neither ratio nor requirement
     task_loss_requirement: float | None = None
-    reference_decoding: bool = False   # generate as the published code does (stale positions, per-slot stopping)
+    reference_decoding: bool = False   # generate as the published code does, see ReferenceStream
     reference_file: dict = field(default_factory=dict, repr=False)  # config.json as read; saving keeps its other keys
 
     def __post_init__(self):
@@ -63,10 +79,27 @@ class GazeConfig(Grids):
         if not 1 <= self.num_multi_token_pred <= self.num_ids:
             raise ValueError(f"num_multi_token_pred={self.num_multi_token_pred} must be in 1..{self.num_ids}, "
                              "the ids of a frame")
+        if not 0 < self.gazing_ratio <= 1:
+            raise ValueError(f"gazing_ratio={self.gazing_ratio} must lie in (0, 1]")
+        if type(self.task_loss_requirement) not in (int, float, type(None)):
+            raise ValueError(f"task_loss_requirement={self.task_loss_requirement!r} must be a number or none")
+        for key in ("rope_theta", "rope_factor", "rope_low_freq_factor", "rms_norm_eps"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be above 0")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise ValueError(f"rope_high_freq_factor={self.rope_high_freq_factor} must be above "
+                             f"rope_low_freq_factor={self.rope_low_freq_factor}")
 
     @property
     def image_size(self):  # R
         return self.scale_list[-1]
+
+
+def describe(config):
+    """One line for logs: what the settings mean in numbers."""
+    ids = "+".join(str(n) for n in config.ids_per_scale)
+    return (f"{config.scales} px, patch {config.patch_size}: {ids} = {config.num_ids} ids per frame, "
+            f"{config.max_num_frames} frames, {config.num_multi_token_pred} slots at once")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,38 +111,39 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv3d = nn.Conv3d(dim, dim, (3, 3, 3), padding=(0, 1, 1))  # no padding in time: the past is put in front
 
-    def forward(self, x, past):  # (B, D, T, h, w), the two input frames before it (B, D, 2, h, w)
-        x, conv = torch.cat([past, x], dim=2), self.conv3d
-        if x.shape[2] == 3:  # one frame of a stream: its three times are channels of a 2-D convolution, twice as fast
-            y = F.conv2d(x.flatten(1, 2), conv.weight.flatten(1, 2), conv.bias, padding=1).unsqueeze(2)
-        else:
-            y = conv(x)
+    def forward(self, x, past):
+        """x (B, D, T, h, w) and the two input frames before it (B, D, 2, h, w) -> the same shape, and the last two."""
+        x = torch.cat([past, x], dim=2)
+        y = conv3d(x, self.conv3d.weight, self.conv3d.bias, padding=self.conv3d.padding)
         return F.relu(y), x[:, :, -2:]
 
 
 class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
-        p, d = c.patch_size, c.hidden_size
-        self.temporal_conv = nn.Conv3d(3, d, (1, p, p), stride=(1, p, p))
-        self.norm = nn.LayerNorm(d, eps=1e-5)
-        self.blocks = nn.ModuleList(ConvBlock(d) for _ in range(c.num_conv_blocks))
-        self.out_proj = nn.Conv3d(d, d, 1)
+        patch = (1, c.patch_size, c.patch_size)
+        self.temporal_conv = nn.Conv3d(3, c.hidden_size, patch, stride=patch)
+        self.norm = nn.LayerNorm(c.hidden_size, eps=1e-5)
+        self.blocks = nn.ModuleList(ConvBlock(c.hidden_size) for _ in range(c.num_conv_blocks))
+        self.out_proj = nn.Conv3d(c.hidden_size, c.hidden_size, 1)
 
     def forward(self, video, past=None):
         """video (B, T, 3, R, R) -> tokens (B, T, P, D), and the past that the next frames need."""
-        B, T = video.shape[:2]
-        conv = self.temporal_conv  # one frame deep, so a 2-D convolution does it, which is faster on every device
-        x = F.conv2d(video.flatten(0, 1), conv.weight[:, :, 0], conv.bias, stride=conv.stride[1:])
+        conv = self.temporal_conv
+        x = conv3d(video.transpose(1, 2), conv.weight, conv.bias, stride=conv.stride)  # (B, D, T, h, w)
         x = self.norm(x.movedim(1, -1)).movedim(-1, 1)
-        x = rearrange(x, "(b t) d h w -> b d t h w", b=B)
+
+        # before the first frame there are two frames of zeros
         if past is None:
-            past = [x.new_zeros(B, x.shape[1], 2, *x.shape[3:])] * len(self.blocks)
+            B, D, _, h, w = x.shape
+            past = [x.new_zeros(B, D, 2, h, w) for _ in self.blocks]
+
         new_past = []
-        for block, before in zip(self.blocks, past, strict=True):
-            x, last = block(x, before)
-            new_past.append(last)
-        x = rearrange(x, "b d t h w -> b t (h w) d")
+        for block, frames_before in zip(self.blocks, past, strict=True):
+            x, last_frames = block(x, frames_before)
+            new_past.append(last_frames)
+
+        x = x.flatten(3).permute(0, 2, 3, 1)  # (B, T, P, D)
         return linear(x, self.out_proj.weight.flatten(1), self.out_proj.bias), new_past
 
 
@@ -118,14 +152,16 @@ class Encoder(nn.Module):
 
 
 def rope_frequencies(c):
-    """Rotation per position of each half-dimension, with the llama3 stretching of long wavelengths."""
-    dim = c.hidden_size // c.num_heads
-    freq = 1.0 / c.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    """Rotation per position of each half-dimension (d / 2), with the llama3 stretching of long wavelengths."""
+    d = c.hidden_size // c.num_heads
+    freq = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+
+    # 1: a short wavelength, kept; 0: a long one, slowed down by the factor
     wavelength = 2 * math.pi / freq
     low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
-    blend = (c.rope_original_length / wavelength - low) / (high - low)
-    blend = blend.clamp(0, 1)  # 1: short wavelength, kept; 0: long, slowed down by the factor
-    return blend * freq + (1 - blend) * freq / c.rope_factor
+    kept = (c.rope_original_length / wavelength - low) / (high - low)
+    kept = kept.clamp(0, 1)
+    return kept * freq + (1 - kept) * freq / c.rope_factor
 
 
 def rotate(x, cos, sin):
@@ -135,84 +171,116 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([b, a], dim=-1) * sin
 
 
+def take(x, index):
+    """Tokens of x (B, …, L, D) at index (B, Q) -> (B, …, Q, D)."""
+    index = index.unsqueeze(-1)
+    if x.dim() == 4:
+        index = index.unsqueeze(1)  # the same for all heads
+    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):  # in float32, whatever the types of x and weight
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class Layer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, index):
         super().__init__()
-        d, m = c.hidden_size, c.intermediate_size
+        self.index = index  # 0, 1, … from the first layer on
         self.num_heads = c.num_heads
         self.self_attn = nn.ModuleDict({
-            n: nn.Linear(d, d, bias=False) for n in ("q_proj", "k_proj", "v_proj", "o_proj")})
-        self.mlp = nn.ModuleDict(dict(gate_proj=nn.Linear(d, m, bias=False), up_proj=nn.Linear(d, m, bias=False),
-                                      down_proj=nn.Linear(m, d, bias=False)))
-        self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
+            "q_proj": nn.Linear(c.hidden_size, c.hidden_size, bias=False),
+            "k_proj": nn.Linear(c.hidden_size, c.hidden_size, bias=False),
+            "v_proj": nn.Linear(c.hidden_size, c.hidden_size, bias=False),
+            "o_proj": nn.Linear(c.hidden_size, c.hidden_size, bias=False)})
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=False),
+            "up_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=False),
+            "down_proj": nn.Linear(c.intermediate_size, c.hidden_size, bias=False)})
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def joined(self):
-        """The weights that the same input meets, as one matrix each: (3·D, D) of q, k, v, (2·M, D) of the MLP; then
-        those of the two outputs, (D, D) and (D, M)."""
+    def joined_weights(self):
+        """The weights that the same input meets, as one matrix each: q, k, v (3·D, D), their output (D, D), gate and up
+        (2·M, D), down (D, M)."""
         attn, mlp = self.self_attn, self.mlp
-        return (torch.cat([attn[n].weight for n in ("q_proj", "k_proj", "v_proj")]),
-                torch.cat([mlp[n].weight for n in ("gate_proj", "up_proj")]), attn.o_proj.weight, mlp.down_proj.weight)
+        qkv = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        return qkv, attn.o_proj.weight, gate_up, mlp.down_proj.weight
 
-    def forward(self, x, cos, sin, mask=None, remember=None, wanted=None, joined=None):
-        """x (B, L, D), which are the last L tokens of those that `remember(k, v)` returns: it puts new keys and values
-        behind the cached ones. Causal; else as `mask` (B | 1, 1, L, keys) says, which is added to scores.
-        wanted (B, M): the tokens whose output is of use; returns (B, M, D)."""
-        L = x.shape[1]
-        qkv, gate_up, out, down = joined or self.joined()
-        y = linear(self.input_layernorm(x), qkv).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
-        y, v = y.split([2 * self.num_heads, self.num_heads], dim=1)  # (B, H, L, d)
-        q, k = rotate(y, cos, sin).to(v.dtype).chunk(2, dim=1)  # autocast halves v
-        if remember is not None:
-            k, v = remember(k, v)
-        if wanted is not None:
-            x, q = take(x, wanted), take(q.transpose(1, 2).flatten(2), wanted).unflatten(2, (self.num_heads, -1))
-            q = q.transpose(1, 2)
-            if mask is None:
-                seen = k.shape[2] - L + wanted.unsqueeze(-1)
-                mask = (torch.arange(k.shape[2], device=x.device) <= seen).unsqueeze(1)
-            else:
-                mask = take(mask.squeeze(1).expand(len(x), -1, -1), wanted).unsqueeze(1)
-        y = causal_attention(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    def forward(self, x, cos, sin, query_index=None, cache=None, weights=None):
+        """x (B, L, D) -> (B, L, D), causal. With query_index (B, Q) only these tokens are returned, (B, Q, D); the
+        others still serve as keys and values. cache: a KVCache of the tokens before x, x's are put in. weights: what
+        joined_weights() returns, if it is at hand."""
+        qkv, out, gate_up, down = weights or self.joined_weights()
+        n_heads = self.num_heads
+
+        # queries, keys and values; the first two are rotated together
+        y = linear(self.input_layernorm(x), qkv)
+        y = y.unflatten(2, (3 * n_heads, -1)).transpose(1, 2)  # (B, 3·H, L, d)
+        qk, v = y.split([2 * n_heads, n_heads], dim=1)
+        qk = rotate(qk, cos, sin).to(v.dtype)  # autocast halves v
+        q, k = qk.chunk(2, dim=1)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.append(self.index, k, v)
+
+        # causal attention, of all tokens or of those at query_index
+        if query_index is not None:
+            mask = query_mask(query_index, x.shape[1], k.shape[2], mask)
+            x = take(x, query_index)
+            q = take(q, query_index)
+        if mask is None:
+            y = causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + linear(y.transpose(1, 2).flatten(2), out)
-        gate, up = linear(self.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
+
+        # SwiGLU
+        y = linear(self.post_attention_layernorm(x), gate_up)
+        gate, up = y.chunk(2, dim=-1)
         return x + linear(F.silu(gate) * up, down)
+
+
+def query_mask(query_index, n_tokens, n_keys, mask):
+    """The mask (B, 1, Q, keys) of some queries, given that of all n_tokens, the last of the keys (None: causal)."""
+    if mask is not None:
+        return take(mask, query_index)
+    last_visible = query_index + n_keys - n_tokens
+    visible = torch.arange(n_keys, device=query_index.device) <= last_visible.unsqueeze(-1)
+    return visible.unsqueeze(1)
 
 
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.num_ids + 1, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(c), persistent=False)
 
-    def forward(self, x, positions=None, mask=None, remember=None, wanted=None, joined=None):
-        """x (B, L, D) -> (B, L, D) before the final norm, or only the tokens at wanted (B, M): the last layer leaves
-        out the others, of which nothing but keys and values matters there. positions (L,) or (B, L); default 0, 1, 2,
-        …. joined: of each layer, see Layer.joined. mask, remember: see Layer.forward."""
+    def forward(self, x, positions=None, query_index=None, cache=None, weights=None):
+        """x (B, L, D) -> (B, L, D) before the final norm, or (B, Q, D), the tokens at query_index (B, Q).
+
+        positions (B | 1, L): of the tokens; default 0, 1, 2, …. cache, weights (a list over layers): see Layer.
+        """
         if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
-        angle = positions.unsqueeze(-1) * self.frequencies.float()  # (…, L, d/2)
-        if angle.dim() == 3:
-            angle = angle.unsqueeze(1)  # the same for all heads
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        angle = positions.unsqueeze(-1) * self.frequencies.float()
+        angle = angle.unsqueeze(1)  # (B | 1, 1, L, d / 2), the same for all heads
+        cos = angle.cos().to(x.dtype)
+        sin = angle.sin().to(x.dtype)
+        cos = torch.cat([cos, cos], dim=-1)
+        sin = torch.cat([-sin, sin], dim=-1)
+
+        # only the last layer leaves tokens out: the keys and values of all are needed up to there
+        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, None if remember is None else functools.partial(remember, i),
-                      wanted if i == len(self.layers) - 1 else None, None if joined is None else joined[i])
+            layer_weights = None if weights is None else weights[i]
+            layer_query_index = query_index if i == last else None
+            x = layer(x, cos, sin, layer_query_index, cache, layer_weights)
         return x
-
-
-
-
-def take(x, index):  # rows of x (B, L, D) at index (B, M) -> (B, M, D)
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,15 +292,18 @@ class Gaze(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
-        self.encoder = Encoder(c)
-        self.pos_embed = nn.Parameter(torch.zeros(c.ids_per_scale[-1], c.hidden_size))
-        self.decoder = Decoder(c)
-        self.lm_head = Linear(c.hidden_size, c.num_multi_token_pred * (c.num_ids + 1), bias=False)
-        self.task_loss_prediction_head = nn.Linear(c.hidden_size, c.num_multi_token_pred, bias=False)
-        for name, p in self.named_parameters():
-            if p.dim() > 1 and not name.startswith("encoder."):  # the encoder's convolutions keep torch's own init
-                nn.init.normal_(p, std=c.initializer_range)
+        self.config = config
+        n_heads, n_tokens = config.num_multi_token_pred, config.ids_per_scale[-1]
+        self.encoder = Encoder(config)
+        self.pos_embed = nn.Parameter(torch.zeros(n_tokens, config.hidden_size))
+        self.decoder = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, n_heads * (config.num_ids + 1), bias=False)
+        self.task_loss_prediction_head = nn.Linear(config.hidden_size, n_heads, bias=False)
+
+        # the encoder's convolutions keep torch's own initialisation
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and not name.startswith("encoder."):
+                nn.init.normal_(parameter, std=config.initializer_range)
 
     # ---- files
 
@@ -240,9 +311,7 @@ class Gaze(nn.Module):
     def from_pretrained(cls, folder):
         """Load config.json + model.safetensors from a folder or a hub id. ValueError names tensors that do not fit."""
         config, tensors, source = load_gaze(folder, GazeConfig)
-        gaze = cls(config)
-        assign(gaze, tensors, source, published_name)
-        return gaze
+        return load_module(lambda: cls(config), tensors, source, published_name)
 
     def save_pretrained(self, folder):
         """Write config.json + model.safetensors, readable by the published code. A file appears whole or not at all."""
@@ -250,15 +319,23 @@ class Gaze(nn.Module):
 
     # ---- scoring given gazes
 
+    def check(self, video, must_be_square=True):
+        """The video in the type of the weights. ValueError names what is wrong with it."""
+        video = check_video(video, self.pos_embed, "data.to_model_pixels(frames)")
+        height, width = video.shape[3:]
+        if must_be_square and height != width:
+            raise ValueError(f"video has {height} x {width} pixels, expected a square: cut one out (data.resize_crop), "
+                             "or let generate(target_scales=...) look at the whole frame in tiles")
+        return video
+
     def embed(self, video, past=None):
         """video (B, T, 3, R', R') of any square size -> vision tokens (B, T, P, D) and encoder's past (streaming)."""
         R = self.config.image_size
         if video.shape[-2:] != (R, R):
-            B = video.shape[0]
-            video = F.interpolate(video.flatten(0, 1), (R, R), mode="bicubic", align_corners=False)
-            video = video.unflatten(0, (B, -1))
-        x, past = self.encoder(video, past)
-        return x + self.pos_embed, past
+            frames = F.interpolate(video.flatten(0, 1), (R, R), mode="bicubic", align_corners=False)
+            video = frames.unflatten(0, video.shape[:2])
+        vision, past = self.encoder(video, past)
+        return vision + self.pos_embed, past
 
     def forward(self, video, gazing, policy="reference", temperature=1.0):
         """Log-probability and predicted loss of given gazes.
@@ -269,49 +346,60 @@ class Gaze(nn.Module):
         policy "reference": plain softmax over all V + 1 ids. "sampling": the distribution generate() draws from, that
         is logits / temperature with the padding id and the ids already gazed in this frame excluded.
         """
-        c = self.config
-        V, K, P = c.num_ids, c.num_multi_token_pred, c.ids_per_scale[-1]
-        pos, padded, n = gazing["gazing_pos"], gazing["if_padded_gazing"], gazing["num_gazing_each_frame"].tolist()
-        B, N = pos.shape
-        assert len(n) == video.shape[1] and sum(n) == N == padded.shape[1] and B % video.shape[0] == 0
+        video = self.check(video)
+        V, K = self.config.num_ids, self.config.num_multi_token_pred
+        position, padded = gazing["gazing_pos"], gazing["if_padded_gazing"]
+        counts = gazing["num_gazing_each_frame"].tolist()
+        B, T = video.shape[:2]
+        n_rows, N = position.shape
+        assert len(counts) == T and sum(counts) == N and padded.shape == position.shape and n_rows % B == 0
+
+        # embed: vision tokens once per clip, then the slots' ids within their frames
         vision, _ = self.embed(video)
-        vision = vision.repeat(B // video.shape[0], 1, 1, 1)
-        frame = torch.repeat_interleave(torch.arange(len(n), device=pos.device), torch.tensor(n, device=pos.device))
-        ids = torch.where(padded, V, pos - V * frame)  # (B, N) within the frame
+        vision = vision.repeat(n_rows // B, 1, 1, 1)
+        ids = torch.where(padded, V, position - V * frame_of_slot(gazing))
+        slots = self.decoder.embed_tokens(ids)
 
-        # one sequence: for each frame its vision tokens, then its slots; real tokens packed to the front, so that plain
-        # causal attention never sees padding and a token's position is its index
-        slots, keep, real = self.decoder.embed_tokens(ids), [], torch.ones(B, P, dtype=torch.bool, device=pos.device)
-        x, sources, slot_row, at, length = [], [], [], 0, 0
-        for t, n_t in enumerate(n):
-            x += [vision[:, t], slots[:, at:at + n_t]]
-            keep += [real, ~padded[:, at:at + n_t]]
-            # the last vision token predicts slots 0..K-1, slot K-1 predicts the next K, and so on
-            slot_row += [len(sources) * K + j for j in range(n_t)]
-            sources += [length + P - 1 + K * b for b in range(n_t // K + 1)]
-            at, length = at + n_t, length + P + n_t
-        x = torch.cat(x, dim=1)
-        sources = torch.tensor(sources, device=pos.device).expand(B, -1)
+        # one sequence: for each frame its vision tokens, then its slots
+        tokens, is_real = [], []
+        slots_by_frame = zip(slots.split(counts, dim=1), padded.split(counts, dim=1), strict=True)
+        for t, (frame_slots, frame_padded) in enumerate(slots_by_frame):
+            tokens += [vision[:, t], frame_slots]
+            is_real += [frame_padded.new_ones(n_rows, vision.shape[2]), ~frame_padded]
+        tokens = torch.cat(tokens, dim=1)
+        is_real = torch.cat(is_real, dim=1)
+        query_index, head_of_slot = where_slots_are_predicted(counts, vision.shape[2], K)
+        query_index = query_index.to(tokens.device).expand(n_rows, -1)
+        head_of_slot = head_of_slot.to(tokens.device)
+
+        # pack real tokens to the front: causal attention then never sees padding, and a token's position is its index
         if padded.any():
-            order, went = pack_front(torch.cat(keep, dim=1))
-            x, sources = take(x, order), went.gather(1, sources)
-        h = self.decoder.norm(self.decoder(x, wanted=sources))  # (B, M, D)
+            permutation, new_index = pack_front(is_real)
+            tokens = take(tokens, permutation)
+            query_index = new_index.gather(1, query_index)
 
-        slot_row = torch.tensor(slot_row, device=pos.device, dtype=torch.long)
-        logits = self.lm_head(h).view(B, -1, V + 1)[:, slot_row].float()  # (B, N, V + 1)
+        # run, and read the heads of the tokens that predict
+        h = self.decoder.norm(self.decoder(tokens, query_index=query_index))  # (rows, Q, D)
+        logits = self.lm_head(h).unflatten(2, (K, V + 1)).flatten(1, 2)
+        logits = logits[:, head_of_slot].float()  # (rows, N, V + 1)
         if policy == "sampling":
-            logits = (logits / temperature).masked_fill(already_gazed(ids, n, V), float("-inf"))
+            logits = logits / temperature
+            logits = logits.masked_fill(already_gazed(ids, counts, V), float("-inf"))
         else:
             assert policy == "reference", policy
         log_prob = logits.log_softmax(-1).gather(2, ids.unsqueeze(-1)).squeeze(-1)
-        # "after slot j" is what the model says before slot j + 1: the next head, or the next source's first one
-        task_loss = self.task_loss_prediction_head(h).view(B, -1)[:, slot_row + 1].float()
+
+        # the loss after slot j is the one predicted before slot j + 1: the next head, or the next token's first one
+        predicted_loss = self.task_loss_prediction_head(h).flatten(1)
+        task_loss = predicted_loss[:, head_of_slot + 1].float()
         return log_prob.masked_fill(padded, 0.0), task_loss
 
     # ---- choosing gazes
 
+    @torch.no_grad()
     def generate(self, video, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None,
-                 generator=None, num_copies=1, target_scales=None, target_patch_size=None):
+                 generator=None, num_copies=1, target_scales=None, target_patch_size=None, chunk=False,
+                 batch_size=None):
         """Choose patches for whole clips.
 
         video: (B, T, 3, R', R') normalised pixels. gazing_ratio: share of the V patches each frame may take, a float, a
@@ -319,285 +407,451 @@ class Gaze(nn.Module):
         predicted loss falls to this value, a float or (B, T). Ratio only: no early stop. Requirement only: any number
         of patches. Neither: the config's settings. temperature 0 takes the best patch, else samples. reference: decode
         as the published code does (default: the config's reference_decoding). num_copies: G rollouts of each clip,
-        copy-major (values given per clip then have G·B rows). target_scales, target_patch_size: choose patches for an
-        encoder with these, in tiles; see Tiling.
-        Returns the gaze dict of the module's docstring plus gazing_mask, a list of S tensors (G·B, T, V_s) of 0/1.
+        copy-major (values given per clip then have G·B rows).
+
+        target_scales, target_patch_size: choose patches for an encoder with these, in tiles; see Tiling. Frames need
+        not be square then. chunk: take a video of more than max_num_frames in chunks of that length, each of which
+        starts afresh; without it such a video is a ValueError. batch_size: how many clips, chunks or tiles run
+        together, which bounds memory; default: all clips, 16 chunks or tiles.
+
+        Returns the dict of the module's docstring plus gazing_mask, a list of S tensors (G·B, T, V_s) of 0/1.
         """
+        in_tiles = target_scales is not None or target_patch_size is not None
+        video = self.check(video, must_be_square=not in_tiles)
         B, T = video.shape[:2]
-        for name, value in (("gazing_ratio", gazing_ratio), ("task_loss_requirement", task_loss_requirement)):
-            if value is not None and torch.as_tensor(value).dim() > 0 and torch.as_tensor(value).shape[-1] != T:
-                raise ValueError(f"{name} has values for {torch.as_tensor(value).shape[-1]} frames, the video has {T}")
-        if target_scales is not None or target_patch_size is not None:
+        stream_class, ratio, requirement = self.settings(B * num_copies, gazing_ratio, task_loss_requirement,
+                                                         temperature, reference)
+        ratio = every_frame(ratio, T, "gazing_ratio")
+        requirement = every_frame(requirement, T, "task_loss_requirement")
+        clips = video
+
+        # tiles of whole frames are clips of their own
+        if in_tiles:
             tiling = Tiling(self.config, target_scales, target_patch_size)
-            out = self.generate(tiling.cut(video), tiling.repeat(gazing_ratio), tiling.repeat(task_loss_requirement),
-                                temperature, reference, generator, num_copies)
-            return tiling.join(out["gazing_mask"])
-        stream = GazeStream(self, B * num_copies, gazing_ratio, task_loss_requirement, temperature, reference,
-                            generator)
-        if stream.reference and B * num_copies > 1 and (stream.requirement is not None or stream.ratio_per_clip):
-            # in published decoding clips that stop at different slots disturb each other; it means them one at a time
-            def row(value, i):
-                return value if value is None or torch.as_tensor(value).dim() < 2 or len(value) == 1 else value[i:i + 1]
-            return self.merge([
-                self.generate(video[i % B:i % B + 1], row(gazing_ratio, i), row(task_loss_requirement, i), temperature,
-                              reference, generator) for i in range(B * num_copies)])
-        with torch.no_grad():
-            return stream.run(self.embed(video)[0].repeat(num_copies, 1, 1, 1))
+            n_tiles = tiling.rows * tiling.columns
+            clips = tiling.clips(video)
+            ratio = ratio.repeat_interleave(n_tiles, dim=0)
+            requirement = requirement.repeat_interleave(n_tiles, dim=0)
+
+        # so are the chunks of a long video
+        n_chunks = math.ceil(T / self.config.max_num_frames)
+        if n_chunks > 1 and not chunk:
+            raise ValueError(f"the video has {T} frames, the model knows max_num_frames={self.config.max_num_frames}: "
+                             "give fewer, or let generate(chunk=True) take it in chunks, each of which starts afresh")
+        if n_chunks > 1:
+            clips = cut_chunks(clips, self.config.max_num_frames)
+            ratio = torch.stack(cut_chunks(ratio, self.config.max_num_frames))
+            requirement = torch.stack(cut_chunks(requirement, self.config.max_num_frames))
+
+        # how many run together
+        if stream_class.needs_single_clips(ratio, requirement):
+            batch_size = 1
+        elif batch_size is None:
+            batch_size = PIECES_AT_ONCE if in_tiles or n_chunks > 1 else len(ratio)
+
+        # the encoder runs once per clip, however many copies there are; then the decoder
+        vision = torch.cat([self.embed(part)[0] for part in batches(clips, batch_size)])  # (clips, T, P, D)
+        parts = []
+        for index in torch.arange(len(ratio)).split(batch_size):
+            stream = stream_class(self, ratio[index], requirement[index], temperature, generator)
+            parts.append(stream.run(vision[index % len(vision)]))
+        gazing = join_clips(parts, self.config.num_ids)
+
+        # put chunks and tiles together
+        if n_chunks > 1:
+            chunks = [rows(gazing, slice(i, None, n_chunks)) for i in range(n_chunks)]
+            gazing = drop_empty_slots(join_chunks(chunks, self.config.num_ids))
+            gazing = join_frames(split_frames(gazing)[:T])
+        masks = to_masks(gazing, self.config.ids_per_scale)
+        if in_tiles:
+            return tiling.join(masks)
+        return gazing | {"gazing_mask": masks}
 
     def stream(self, batch_size=1, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None,
                generator=None):
-        """Frame in, gaze out: an object whose step(frame (B, 3, R', R')) returns that frame's gaze dict."""
-        stream = GazeStream(self, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator)
+        """Frame in, gazing out: an object whose step(frame (B, 3, R', R')) returns that frame's gazing. Arguments as in
+        generate. The model knows clips of max_num_frames frames: begin a new stream after so many."""
+        stream_class, ratio, requirement = self.settings(batch_size, gazing_ratio, task_loss_requirement, temperature,
+                                                         reference)
+        stream = stream_class(self, ratio, requirement, temperature, generator)
+
         # room for the usual clip: a frame during which the cache has to grow takes up to twice its time
-        c = self.config
-        stream.reserve(c.max_num_frames * (c.ids_per_scale[-1] + min(int(stream.budget(0).max()), c.num_ids // 4)))
+        n_slots = min(int(stream.budget(0).max()), self.config.num_ids // 4)
+        stream.cache.reserve(self.config.max_num_frames * (self.config.ids_per_scale[-1] + n_slots))
         return stream
 
-    def gazing_mask(self, gazing):
-        """List of S tensors (B, T, V_s), 1 where a patch is gazed."""
-        V, n = self.config.num_ids, gazing["num_gazing_each_frame"]
-        pos, padded = gazing["gazing_pos"], gazing["if_padded_gazing"]
-        flat = torch.zeros(len(pos), len(n) * V + 1, device=pos.device)
-        flat.scatter_(1, torch.where(padded, len(n) * V, pos), 1.0)  # padded slots fall into one column, cut off
-        return list(flat[:, :-1].view(len(pos), len(n), V).split(self.config.ids_per_scale, dim=2))
+    def settings(self, n_rows, gazing_ratio, task_loss_requirement, temperature, reference):
+        """What the arguments of generate and stream mean: the class that decodes, and gazing ratio and requirement of
+        each row, (n_rows,) for all frames or (n_rows, T). No requirement is one of -inf."""
+        if gazing_ratio is None and task_loss_requirement is None:
+            gazing_ratio = self.config.gazing_ratio
+            task_loss_requirement = self.config.task_loss_requirement
+        if gazing_ratio is None:
+            gazing_ratio = 1.0
+        if task_loss_requirement is None:
+            task_loss_requirement = -math.inf
+        ratio = per_row(gazing_ratio, n_rows, "gazing_ratio")
+        requirement = per_row(task_loss_requirement, n_rows, "task_loss_requirement")
 
-    def merge(self, rows):
-        """Gaze dicts of single clips -> one dict of the batch."""
-        out = []
-        for t, parts in enumerate(zip(*(split_frames(row) for row in rows), strict=True)):
-            n_t = max(ids.shape[1] for ids, _ in parts)
-            ids = [F.pad(i, (0, n_t - i.shape[1]), value=self.config.num_ids * (t + 1)) for i, _ in parts]
-            out.append((torch.cat(ids), torch.cat([F.pad(p, (0, n_t - p.shape[1]), value=True) for _, p in parts])))
-        gazing = join_frames(out)
-        return gazing | {"gazing_mask": self.gazing_mask(gazing)}
+        if not ((ratio >= 0) & (ratio <= 1)).all() or ratio.max() == 0:
+            raise ValueError(f"gazing_ratio must lie in (0, 1], got {gazing_ratio}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 (take the best) or above, got {temperature}")
+        if reference is None:
+            reference = self.config.reference_decoding
+        return ReferenceStream if reference else GazeStream, ratio, requirement
 
 
-def already_gazed(ids, n, V):
+def where_slots_are_predicted(counts, n_vision, K):
+    """Which token predicts which slot, in a sequence of n_vision vision tokens and counts[t] slots for each frame t.
+
+    The last vision token of a frame predicts slots 0 to K-1, slot K-1 the next K, and so on. Returns query_index (Q,),
+    the index of these tokens, and head_of_slot (N,): query number · K + head that a slot's logits come from.
+    """
+    counts = torch.tensor(counts)
+    frames = torch.arange(len(counts))
+
+    # a frame has a query per K slots, and one more behind a full last block: for the loss after its last slot
+    n_queries = counts // K + 1
+    first_query = n_queries.cumsum(0) - n_queries
+    frame = frames.repeat_interleave(n_queries)
+    block = torch.arange(len(frame)) - first_query[frame]
+    first_token = n_vision * frames + counts.cumsum(0) - counts
+    query_index = first_token[frame] + n_vision - 1 + K * block
+
+    # slot j of a frame: head j % K of its query j // K
+    frame = frames.repeat_interleave(counts)
+    first_slot = counts.cumsum(0) - counts
+    j = torch.arange(len(frame)) - first_slot[frame]
+    return query_index, first_query[frame] * K + j
+
+
+def already_gazed(ids, counts, V):
     """(B, N, V + 1) True where an id was taken earlier in the same frame, and for the padding id V everywhere."""
     taken = []
-    for frame_ids in ids.split(n, dim=1):
+    for frame_ids in ids.split(counts, dim=1):
         one_hot = F.one_hot(frame_ids, V + 1)
-        taken.append((one_hot.cumsum(1) - one_hot) > 0)
+        n_before = one_hot.cumsum(1) - one_hot
+        taken.append(n_before > 0)
     taken = torch.cat(taken, dim=1)
     taken[..., V] = True
+
     # a padded slot "takes" V, whose logit must stay finite to be gathered: its log-probability is set to 0 afterwards
-    return taken & (ids != V).unsqueeze(-1)
+    is_padded = (ids == V).unsqueeze(-1)
+    return taken & ~is_padded
 
 
-
-
-
-
-
-
-def per_clip_and_frame(value, B, name):
-    """float | list of T | (B, T) -> a function of t that gives (B,) values."""
+def per_row(value, n_rows, name):
+    """float | list of T | (rows, T) -> (rows,), the same for all frames, or (rows, T). ValueError names what is odd."""
     value = torch.as_tensor(value, dtype=torch.float64).cpu()
     if value.isnan().any() or value.numel() == 0:
         raise ValueError(f"{name}={value.tolist()} is not a number for every frame")
+    if value.dim() > 2:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number, (T,) or (clips, T)")
+    if value.dim() == 2 and len(value) not in (1, n_rows):
+        raise ValueError(f"{name} has {len(value)} rows for {n_rows} clips")
     if value.dim() == 0:
-        return lambda t: value.expand(B)
-    if value.dim() == 2 and len(value) == 1:
-        value = value[0]
-    if value.dim() == 2 and len(value) != B:
-        raise ValueError(f"{name} has {len(value)} rows for {B} clips")
-
-    def at(t):
-        if t >= value.shape[-1]:
-            raise ValueError(f"{name} has values for {value.shape[-1]} frames, frame {t} was asked")
-        return value[t].expand(B) if value.dim() == 1 else value[:, t]
-    return at
+        return value.expand(n_rows)
+    return value.expand(n_rows, -1)
 
 
-MANY = 64  # from so many new tokens on, causal attention on a CPU is quicker without a mask (a frame; not ten gazes)
+def every_frame(value, T, name):
+    """What per_row returns -> (rows, T)."""
+    if value.dim() == 1:
+        return value.unsqueeze(1).expand(-1, T)
+    if value.shape[1] != T:
+        raise ValueError(f"{name} has values for {value.shape[1]} frames, the video has {T}")
+    return value
+
+
+def batches(clips, size):
+    """Yield clips, a tensor (B, …) or a list of B tensors, `size` at a time."""
+    for start in range(0, len(clips), size):
+        part = clips[start:start + size]
+        yield part if isinstance(part, torch.Tensor) else torch.stack(part)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoding
+
+
+class KVCache:
+    """Keys and values of all tokens so far.
+
+    Each clip's real tokens lie packed at the front of its row, so a clip's result cannot depend on what its batch
+    neighbours do, and a token's RoPE position is its index. While all clips have the same number of tokens, attention
+    needs no mask.
+    """
+
+    def __init__(self, c, batch_size, dtype, device):
+        shape = (2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads)
+        self.tensor = torch.empty(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of each clip
+        self.longest = 0
+        self.same_length = True
+
+    def reserve(self, n_tokens):
+        """Make room for so many tokens."""
+        room = self.tensor.shape[4]
+        if n_tokens > room:
+            shape = list(self.tensor.shape)
+            shape[4] = max(n_tokens, 2 * room)
+            larger = self.tensor.new_zeros(shape)
+            larger[..., :room, :] = self.tensor
+            self.tensor = larger
+
+    def begin(self, n_new):
+        """Before so many new tokens are appended: their indices, (B, n_new) or (1, n_new), the same for all clips."""
+        self.end = self.longest + n_new
+        self.reserve(self.end)
+        self.index = self.lengths.unsqueeze(1) + torch.arange(n_new, device=self.lengths.device)
+        self.mask = None
+        if self.same_length:
+            self.index = self.index[:1]
+        else:
+            # a token sees those up to itself; what lies behind a clip's last real token is overwritten later
+            visible = torch.arange(self.end, device=self.lengths.device) <= self.index.unsqueeze(-1)
+            self.mask = torch.zeros(visible.shape, dtype=self.tensor.dtype, device=self.lengths.device)
+            self.mask = self.mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+        return self.index
+
+    def append(self, layer, k, v):
+        """New keys and values (B, H, n_new, d) of a layer -> all of its keys and values, and the mask (B, 1, n_new, L)
+        to add to scores, None where plain causal attention will do."""
+        for cached, new in zip(self.tensor[:, layer], (k, v), strict=True):
+            if self.same_length:
+                cached[:, :, self.longest:self.end] = new
+            else:
+                index = self.index[:, None, :, None].expand_as(new)
+                cached.scatter_(2, index, new.to(cached.dtype))
+        keys, values = self.tensor[:, layer, :, :, :self.end].to(v.dtype)
+        return keys, values, self.mask
+
+    def finish(self, keep):
+        """After all layers: keep (B, n_new) says which of the new tokens are real; None: all of them."""
+        if keep is None:
+            self.lengths = self.lengths + self.index.shape[1]
+            self.longest = self.end
+        else:
+            self.lengths = self.lengths + keep.sum(1)
+            lengths = self.lengths.tolist()
+            self.longest = max(lengths)
+            self.same_length = min(lengths) == max(lengths)
 
 
 class GazeStream:
-    """The state of decoding: the encoder's last frames, the KV cache, and the last block of gazes not yet in it.
+    """The state of decoding: the encoder's last frames, the KV cache, and the last block of gazes not yet in it."""
 
-    Each clip's real tokens lie packed at the front of its row of the cache, so a clip's result cannot depend on what
-    its batch neighbours do, and a token's RoPE position is its index.
-    """
+    def __init__(self, model, ratio, requirement, temperature, generator):
+        self.model = model
+        self.ratio = ratio              # (B,) for all frames, or (B, T)
+        self.requirement = requirement  # the same; -inf: none
+        self.temperature = temperature
+        self.generator = generator
 
-    def __init__(self, model, batch_size, gazing_ratio, task_loss_requirement, temperature, reference, generator):
-        c = self.c = model.config
-        self.model, self.B, self.temperature, self.generator = model, batch_size, temperature, generator
-        self.reference = c.reference_decoding if reference is None else reference
-        if gazing_ratio is None and task_loss_requirement is None:
-            gazing_ratio, task_loss_requirement = c.gazing_ratio, c.task_loss_requirement
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 (take the best) or above, got {temperature}")
-        ratio = torch.as_tensor(1.0 if gazing_ratio is None else gazing_ratio, dtype=torch.float64)
-        if ratio.numel() == 0 or not ((ratio >= 0) & (ratio <= 1)).all() or ratio.max() == 0:
-            raise ValueError(f"gazing_ratio must lie in (0, 1], got {gazing_ratio}")
-        self.ratio = per_clip_and_frame(ratio, batch_size, "gazing_ratio")
-        self.ratio_per_clip = ratio.dim() == 2 and len(ratio) > 1
-        self.requirement = None
-        if task_loss_requirement is not None:
-            self.requirement = per_clip_and_frame(task_loss_requirement, batch_size, "task_loss_requirement")
-        self.frame, self.past, self.pending = 0, None, None
-        p = next(model.parameters())
-        self.device = p.device
-        # an int while all clips have the same number of tokens, else (B,)
-        self.length, self.longest = 0, 0
-        kind = self.device.type  # under autocast keys come in its type: kept so, not turned into it at every step
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else p.dtype
+        self.batch_size = len(ratio)
+        self.frame = 0
+        self.past = None                # of the encoder
+        self.last_block = None          # (embeddings, keep) of the last block, which enters with the next frame
+
+        # weights as decoding wants them: under autocast in its type, which keys and values then have too
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        dtype = parameter.dtype
+        if torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
         with torch.no_grad():
-            self.joined = [[pack(w.to(dtype)) for w in layer.joined()] for layer in model.decoder.layers]
-            self.heads = torch.cat([model.lm_head.weight, model.task_loss_prediction_head.weight]).to(dtype)
-        self.cache = p.new_empty(2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads, dtype=dtype)
+            self.weights = []
+            for layer in model.decoder.layers:
+                self.weights.append([pack(weight.to(dtype)) for weight in layer.joined_weights()])
+            heads = [model.lm_head.weight, model.task_loss_prediction_head.weight]
+            self.heads = torch.cat(heads).to(dtype)
+        self.cache = KVCache(model.config, self.batch_size, dtype, self.device)
+
+    @staticmethod
+    def needs_single_clips(ratio, requirement):
+        """Whether clips have to be decoded one by one; ratio, requirement (B, T)."""
+        return False
 
     @torch.no_grad()
     def step(self, frame):
-        """frame (B, 3, R', R') normalised pixels -> this frame's gaze dict; gazing_pos counts within the frame."""
-        if len(frame) != self.B:
-            raise ValueError(f"this stream has batch_size={self.B}, the frame is of {len(frame)} clips")
-        vision, self.past = self.model.embed(frame.unsqueeze(1), self.past)
+        """frame (B, 3, R', R') normalised pixels -> this frame's gazing; gazing_pos counts within the frame."""
+        if frame.dim() != 4:
+            raise ValueError(f"frame has shape {tuple(frame.shape)}, expected (B, 3, height, width)")
+        if len(frame) != self.batch_size:
+            raise ValueError(f"this stream has batch_size={self.batch_size}, the frame is of {len(frame)} clips")
+        frame = self.model.check(frame.unsqueeze(1))
+
+        vision, self.past = self.model.embed(frame, self.past)
         gazing = join_frames([self.gaze_frame(vision[:, 0])])
-        return gazing | {"gazing_mask": self.model.gazing_mask(gazing)}
+        return gazing | {"gazing_mask": to_masks(gazing, self.model.config.ids_per_scale)}
 
     @torch.no_grad()
-    def run(self, vision):  # (B, T, P, D): all frames at once
-        T, V = vision.shape[1], self.c.num_ids
-        self.reserve(sum(vision.shape[2] + int(self.budget(t).max()) for t in range(T)) + self.c.num_multi_token_pred)
-        frames = [self.gaze_frame(vision[:, t]) for t in range(T)]
-        gazing = join_frames([(ids + V * t, padded) for t, (ids, padded) in enumerate(frames)])
-        return gazing | {"gazing_mask": self.model.gazing_mask(gazing)}
+    def run(self, vision):
+        """All frames at once: vision (B, T, P, D) -> gazing."""
+        T, P = vision.shape[1:3]
+        n_tokens = T * P + self.model.config.num_multi_token_pred
+        for t in range(T):
+            n_tokens += int(self.budget(t).max())
+        self.cache.reserve(n_tokens)
+
+        frames = []
+        for t in range(T):
+            ids, padded = self.gaze_frame(vision[:, t])
+            frames.append((ids + self.model.config.num_ids * t, padded))
+        return join_frames(frames)
 
     def budget(self, t):
+        """(B,) most patches of frame t, at least one."""
         # 1e-4: a ratio written as n / V must give n, whatever the rounding
-        return (self.ratio(t) * self.c.num_ids + 1e-4).floor().long().clamp(min=1)
-
-    def reserve(self, length):
-        have = self.cache.shape[4]
-        if length > have:
-            cache = self.cache.new_zeros(*self.cache.shape[:4], max(length, 2 * have), self.cache.shape[5])
-            cache[..., :have, :] = self.cache
-            self.cache = cache
-            # 0 where token i of those that come next may look if `room` tokens lie before it, else -inf; for fewer
-            # tokens before, columns are left out on the left
-            room, q = cache.shape[4], self.c.ids_per_scale[-1] + self.c.num_multi_token_pred
-            q = min(q, MANY) if self.device.type == "cpu" else q
-            self.causal = cache.new_full((q, room + q), float("-inf")).triu(room + 1)
-
-    def feed(self, x, keep, positions=None):
-        """Append tokens x (B, q, D) to the cache; keep (B, q) | None marks the real ones. Returns what the last of
-        them says (B, D)."""
-        B, q = x.shape[:2]
-        last = torch.full((B, 1), q - 1, device=self.device)
-        if keep is not None and bool(keep.all()):
-            keep = None
-        if keep is not None:
-            order, went = pack_front(keep)
-            x, last = take(x, order), went[:, -1:]
-        uniform = isinstance(self.length, int)
-        start = self.length if uniform else self.length.unsqueeze(1)
-        index = torch.arange(q, device=self.device) + start  # (q,) | (B, q)
-        total = self.longest + q
-        self.reserve(total)
-        # every query sees the keys up to itself; what lies behind a clip's last real token is overwritten later
-        if uniform and q >= MANY and self.device.type == "cpu":
-            mask = None
-        elif uniform:
-            left = self.cache.shape[4] - start
-            mask = self.causal[None, None, :q, left:left + total]
-            mask = mask if self.device.type == "cpu" else mask.contiguous()  # kernels ask for aligned rows
-        else:
-            seen = torch.arange(total, device=self.device) <= index.unsqueeze(-1)
-            mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=self.device)
-            mask = mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
-
-        def remember(layer, k, v):
-            for cache, new in zip(self.cache[:, layer], (k, v), strict=True):
-                if uniform:
-                    cache[:, :, self.length:total] = new
-                else:
-                    cache.scatter_(2, index[:, None, :, None].expand_as(new), new.to(cache.dtype))
-            return self.cache[:, layer, :, :, :total].to(v.dtype)
-
-        positions = index if positions is None else positions
-        h = self.model.decoder(x, positions, mask, remember, last, self.joined)
-        if keep is None:
-            self.length, self.longest = self.length + q, total
-        else:
-            self.length = self.length + keep.sum(1)
-            self.longest = int(self.length.max())
-            if int(self.length.min()) == self.longest:
-                self.length = self.longest
-        return h[:, 0]
+        n_patches = at_frame(self.ratio, t, "gazing_ratio") * self.model.config.num_ids + 1e-4
+        return n_patches.floor().long().clamp(min=1)
 
     def gaze_frame(self, vision):
         """vision (B, P, D) -> ids within the frame (B, n_t) and padding (B, n_t)."""
-        model, V, K, B = self.model, self.c.num_ids, self.c.num_multi_token_pred, self.B
-        P = vision.shape[1]
-        x, keep = vision, None
-        if self.pending is not None:  # the last block of the frame before enters with this frame's vision tokens
-            ids, padded = self.pending
-            x = torch.cat([model.decoder.embed_tokens(ids), vision], dim=1)
-            keep = None if padded is None else F.pad(~padded, (0, P), value=True)
-        h = self.feed(x, keep)
-        seen = self.length
+        V, K, B = self.model.config.num_ids, self.model.config.num_multi_token_pred, self.batch_size
+
+        # If no clip can stop early, skip the test: reading it would synchronise the GPU after every block.
         budget = self.budget(self.frame)
-        limit = int(budget.max())
-        # clips that cannot stop before the limit are not asked: on a GPU every answer would be waited for
-        may_stop = self.requirement is not None or int(budget.min()) < limit
+        requirement = at_frame(self.requirement, self.frame, "task_loss_requirement")
+        n_slots = int(budget.max())
+        may_stop = int(budget.min()) < n_slots or bool((requirement > -math.inf).any())
         budget = budget.to(self.device)
-        requirement = None if self.requirement is None else self.requirement(self.frame).to(self.device)
+        requirement = requirement.to(self.device)
+
+        # the padding id and what has been chosen in this frame
         banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
         banned[:, V] = True
         stopped = torch.zeros(B, dtype=torch.bool, device=self.device)
-        all_ids, all_padded = [], []
+        ids, padded = [], []
+        h = self.feed_frame(vision)
         while True:
-            logits, loss = linear(model.decoder.norm(h), self.heads).float().split([K * (V + 1), K], dim=1)
-            logits = logits.unflatten(1, (K, V + 1)).masked_fill(banned.unsqueeze(1), float("-inf"))
-            picks, ids, padded = [], [], []
-            for i in range(min(K, limit - K * len(all_ids))):
-                j = K * len(all_ids) + i
-                pick = self.choose(logits[:, i])
-                logits.scatter_(2, pick.view(B, 1, 1).expand(B, K, 1), float("-inf"))
-                picks.append(pick)
-                pad = stopped
-                if may_stop:
-                    over = budget <= j
-                    if requirement is not None and j > 0:
-                        over = over | (loss[:, i] <= requirement)
-                    stopped = stopped | over
-                    pad = over if self.reference else stopped
-                    pick = pick.masked_fill(pad, V)
-                padded.append(pad)
-                ids.append(pick)
-            banned.scatter_(1, torch.stack(picks, 1), True)
-            ids, padded = torch.stack(ids, 1), torch.stack(padded, 1)
-            all_ids.append(ids)
-            all_padded.append(padded)
-            if K * len(all_ids) >= limit or (may_stop and bool(stopped.all())):
-                break
-            positions = None
-            if self.reference:  # the published code decodes every block at the positions of the last K vision tokens
-                start = seen if isinstance(seen, int) else seen.unsqueeze(1)
-                positions = torch.arange(-K, 0, device=self.device) + start
-            h = self.feed(model.decoder.embed_tokens(ids), ~padded if may_stop else None, positions)
-        self.pending = ids, padded if may_stop else None
-        self.frame += 1
-        ids, padded = torch.cat(all_ids, 1), torch.cat(all_padded, 1)
-        if may_stop and not self.reference:
-            n_t = int((~padded).sum(1).max())
-            ids, padded = ids[:, :n_t], padded[:, :n_t]
-        return ids, padded
+            # one token names the next K slots: logits (B, K, V + 1) and the loss predicted before each slot (B, K)
+            logits, predicted_loss = self.read_heads(h)
+            for i in range(min(K, n_slots - len(ids))):
+                patch = self.choose(logits[:, i].masked_fill(banned, float("-inf")))
+                banned.scatter_(1, patch.unsqueeze(1), True)
 
-    def choose(self, logits):  # (B, V + 1) -> (B,)
+                # a frame is finished by its budget, or by its predicted loss, never before its first slot
+                is_padded = stopped
+                if may_stop:
+                    finished = budget <= len(ids)
+                    if len(ids) > 0:
+                        finished = finished | (predicted_loss[:, i] <= requirement)
+                    is_padded = self.pad(stopped, finished)
+                    stopped = stopped | finished
+                    patch = patch.masked_fill(is_padded, V)
+                ids.append(patch)
+                padded.append(is_padded)
+
+            # feed the block, unless it is the frame's last: that one enters with the next frame's vision tokens
+            n_new = (len(ids) - 1) % K + 1
+            block = self.model.decoder.embed_tokens(torch.stack(ids[-n_new:], dim=1))
+            keep = ~torch.stack(padded[-n_new:], dim=1) if may_stop else None
+            if len(ids) == n_slots or (may_stop and bool(stopped.all())):
+                break
+            h = self.feed_block(block, keep)
+
+        self.last_block = block, keep
+        self.frame += 1
+        ids = torch.stack(ids, dim=1)
+        padded = torch.stack(padded, dim=1)
+        return self.trim(ids, padded) if may_stop else (ids, padded)
+
+    def read_heads(self, h):
+        """h (B, D) -> logits (B, K, V + 1) and predicted losses (B, K)."""
+        V, K = self.model.config.num_ids, self.model.config.num_multi_token_pred
+        y = linear(self.model.decoder.norm(h), self.heads).float()
+        logits, predicted_loss = y.split([K * (V + 1), K], dim=1)
+        return logits.unflatten(1, (K, V + 1)), predicted_loss
+
+    def choose(self, logits):
+        """(B, V + 1) -> patch ids (B,)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits / self.temperature
-        if self.reference and logits.shape[-1] > 50:  # the published code samples through its library's top-50 filter
-            logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], float("-inf"))
-        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
+        probabilities = (logits / self.temperature).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+
+    def pad(self, stopped, finished):
+        """Which clips get a padded slot: those that stopped before, and those whose frame is finished at this slot."""
+        return stopped | finished
+
+    def trim(self, ids, padded):
+        """The frame's slots up to the last one that any clip takes."""
+        n_t = int((~padded).sum(1).max())
+        return ids[:, :n_t], padded[:, :n_t]
+
+    def feed_frame(self, vision):
+        """Feed a frame's vision tokens, and in front of them the last block of the frame before."""
+        if self.last_block is None:
+            return self.feed(vision)
+        block, keep = self.last_block
+        if keep is not None:
+            keep = F.pad(keep, (0, vision.shape[1]), value=True)
+        return self.feed(torch.cat([block, vision], dim=1), keep)
+
+    def feed_block(self, block, keep):
+        """Feed a block of gazes (B, K, D)."""
+        return self.feed(block, keep)
+
+    def feed(self, x, keep=None, positions=None):
+        """Put tokens x (B, n_new, D) behind the cached ones; keep (B, n_new): which are real, None: all. Returns the
+        state of the last one (B, D), before the final norm."""
+        last = torch.full((len(x), 1), x.shape[1] - 1, device=self.device)
+        if keep is not None and bool(keep.all()):
+            keep = None
+        if keep is not None:
+            permutation, new_index = pack_front(keep)
+            x = take(x, permutation)
+            last = new_index[:, -1:]
+
+        index = self.cache.begin(x.shape[1])
+        if positions is None:
+            positions = index
+        h = self.model.decoder(x, positions, last, self.cache, self.weights)
+        self.cache.finish(keep)
+        return h[:, 0]
 
 
-def describe(config):
-    """One line for logs: what the settings mean in numbers."""
-    c = config
-    return (f"{c.scales} px, patch {c.patch_size}: {'+'.join(map(str, c.ids_per_scale))} = {c.num_ids} ids per frame, "
-            f"{c.max_num_frames} frames, {c.num_multi_token_pred} slots at once")
+def at_frame(value, t, name):
+    """(B,) of frame t: what per_row returns is the same for all frames, or has a column for each."""
+    if value.dim() == 1:
+        return value
+    if t >= value.shape[1]:
+        raise ValueError(f"{name} has values for {value.shape[1]} frames, frame {t} was asked")
+    return value[:, t]
 
 
+class ReferenceStream(GazeStream):
+    """Decoding as the published code does it, which shaped the released weights. Where it differs:
+
+    - Every block after a frame's first is decoded at the positions of that frame's last K vision tokens.
+    - Each slot is tested by itself: after a padded slot a block can hold real gazes again, and its padding stays.
+    - Samples are drawn from the 50 likeliest patches, the default of the library that the published code samples with.
+    - Clips that stop at different slots influence each other, so generate() runs them one by one.
+    """
+
+    @staticmethod
+    def needs_single_clips(ratio, requirement):
+        return bool((requirement > -math.inf).any() or (ratio != ratio[:1]).any())
+
+    def feed_frame(self, vision):
+        h = super().feed_frame(vision)
+        K = self.model.config.num_multi_token_pred
+        self.stale_positions = self.cache.lengths.unsqueeze(1) + torch.arange(-K, 0, device=self.device)
+        return h
+
+    def feed_block(self, block, keep):
+        return self.feed(block, keep, self.stale_positions)
+
+    def pad(self, stopped, finished):
+        return finished
+
+    def trim(self, ids, padded):
+        return ids, padded
+
+    def choose(self, logits):
+        if self.temperature > 0 and logits.shape[-1] > 50:
+            lowest = logits.topk(50).values[:, -1:]
+            logits = logits.masked_fill(logits < lowest, float("-inf"))
+        return super().choose(logits)

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_grpo  # noqa: E402
-from gazing import one_clip  # noqa: E402
+from gazing import join_clips, one_clip  # noqa: E402
 
 original = train_grpo.roll_out
 
@@ -18,7 +18,8 @@ def roll_out(gaze, video, cfg, step, temperature):
     for clip in video:
         torch.manual_seed(zlib.crc32(clip.numpy().tobytes()) + step)
         rows.append(original(gaze, clip[None], cfg, step, temperature))
-    return gaze.merge([one_clip(row, g) for g in range(cfg.group_size) for row in rows])
+    clips = [one_clip(row, g) for g in range(cfg.group_size) for row in rows]
+    return join_clips(clips, gaze.config.num_ids)
 
 
 if __name__ == "__main__":

@@ -214,5 +214,5 @@ def test_a_stream_does_not_follow_its_model():
     gaze = tiny_gaze(hidden_size=192, intermediate_size=384)
     stream = gaze.stream(1, 0.5)
     own = {w.data_ptr() for w in gaze.parameters()}
-    assert {w.is_mkldnn for joined in stream.joined for w in joined} == {True, False}
-    assert not any(w.data_ptr() in own for joined in stream.joined for w in joined if not w.is_mkldnn)
+    assert {w.is_mkldnn for joined in stream.weights for w in joined} == {True, False}
+    assert not any(w.data_ptr() in own for joined in stream.weights for w in joined if not w.is_mkldnn)
