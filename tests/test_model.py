@@ -426,6 +426,109 @@ def test_arguments_stay_as_they_are(gaze, video, kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# wrong input
+
+def wrong(video):
+    with_nan = video.clone()
+    with_nan[1, 2, 0, 5, 5] = math.nan
+    return {
+        "shape .4, 3, 32, 32., expected 5 dimensions": video[0],
+        "looks like .B, 3, T, H, W.": video.transpose(1, 2),
+        "expected 3 channels": video[:, :, [0, 1, 2, 0]],
+        "nothing in it": video[:, :0],
+        "uint8": video.byte(),
+        "values of .* to 255": (video - video.min()) * 255 / (video.max() - video.min()),
+        "NaN": with_nan,
+        "32 x 24 pixels, expected a square": video[..., :24],
+    }
+
+
+def test_wrong_videos_are_named(gaze, video):
+    gazing = gaze.generate(video, 0.3)
+    for message, bad in wrong(video).items():
+        with pytest.raises(ValueError, match=message):
+            gaze.generate(bad, 0.3)
+        if bad.dim() == 5 and bad.shape[1]:
+            with pytest.raises(ValueError, match=message):
+                gaze(bad, gazing)
+            with pytest.raises(ValueError):
+                stream = gaze.stream(3, 0.3)
+                for t in range(4):
+                    stream.step(bad[:, t])
+    with pytest.raises(ValueError, match="frame has shape"):
+        gaze.stream(3).step(video)
+
+
+def test_pixels_are_cast_to_the_type_of_the_weights(gaze, video):
+    half = tiny_gaze().to(torch.bfloat16)
+    gazing = half.generate(video, 0.3)
+    assert gazing["num_gazing_each_frame"].tolist() == [6] * 4
+    assert all(x.isfinite().all() for x in half(video, gazing))
+    assert half.stream(3, 0.3).step(video[:, 0])["gazing_pos"].shape == (3, 6)
+    exact = gaze.generate(video, 0.3)["gazing_pos"]
+    assert torch.equal(gaze.generate(video.double(), 0.3)["gazing_pos"], exact)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# long and large videos
+
+def test_long_videos_are_refused_or_cut(gaze):
+    with pytest.raises(ValueError, match="10 frames.*max_num_frames=4.*chunk=True"):
+        gaze.generate(normal_video(1, 10), 0.3)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(gazing_ratio=0.3), dict(gazing_ratio=torch.linspace(0.1, 0.9, 20).view(2, 10)),
+    dict(task_loss_requirement=-1.0), dict(gazing_ratio=0.4, reference=True),
+    dict(gazing_ratio=0.8, task_loss_requirement=0.0, reference=True)])
+@pytest.mark.parametrize("batch_size", [None, 1, 4])
+def test_chunks_are_clips_of_their_own(gaze, settings, batch_size):
+    video = normal_video(2, 10)
+    whole = gaze.generate(video, **settings, chunk=True, batch_size=batch_size)
+    assert len(whole["num_gazing_each_frame"]) == 10
+    for start in (0, 4, 8):
+        own = settings | {k: v[:, start:start + 4] for k, v in settings.items() if torch.is_tensor(v)}
+        part = gaze.generate(video[:, start:start + 4], **own)
+        for b in range(2):
+            assert as_frames(whole, b)[start:start + 4] == as_frames(part, b)
+        for masks, own_masks in zip(whole["gazing_mask"], part["gazing_mask"], strict=True):
+            assert torch.equal(masks[:, start:start + 4], own_masks)
+
+
+def test_copies_of_chunks(gaze):
+    video = normal_video(2, 6)
+    once = gaze.generate(video, 0.3, chunk=True)["gazing_pos"]
+    assert torch.equal(gaze.generate(video, 0.3, chunk=True, num_copies=3)["gazing_pos"], once.repeat(3, 1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_batches_change_nothing(gaze, video, batch_size):
+    for settings in (dict(gazing_ratio=MIXED), dict(task_loss_requirement=-1.0), dict(target_scales="48+96"),
+                     dict(gazing_ratio=MIXED.repeat(2, 1), num_copies=2)):
+        together = gaze.generate(video, **settings)
+        parts = gaze.generate(video, **settings, batch_size=batch_size)
+        assert all(torch.equal(together[key], parts[key]) for key in TENSORS[1:])
+        real = ~together["if_padded_gazing"]
+        assert torch.equal(together["gazing_pos"][real], parts["gazing_pos"][real])
+
+
+def test_tiles_of_a_long_video(gaze):
+    video = normal_video(1, 6, side=64)[..., :40]
+    target = dict(target_scales=[(32, 20), (64, 40)])
+    whole = gaze.generate(video, 0.3, chunk=True, **target)
+    parts = [gaze.generate(video[:, :4], 0.3, **target), gaze.generate(video[:, 4:], 0.3, **target)]
+    for s, mask in enumerate(whole["gazing_mask"]):
+        assert torch.equal(mask, torch.cat([part["gazing_mask"][s] for part in parts], dim=1))
+
+
+def test_the_encoder_runs_once_per_clip_and_never_on_more_than_a_batch(gaze, monkeypatch):
+    sizes, embed = [], gaze.embed
+    monkeypatch.setattr(gaze, "embed", lambda video, past=None: sizes.append(len(video)) or embed(video, past))
+    gaze.generate(normal_video(1, 4, side=128), 0.3, target_scales="128+256", num_copies=2, batch_size=7)
+    assert sizes == [7] * 9 + [1]  # 8 x 8 tiles
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # files and configuration
 
 def without_file(config):
