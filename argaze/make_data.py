@@ -1,6 +1,6 @@
 """Generate egocentric toy clips whose gaze can be known only by remembering.
 
-    python -m argaze.make_data                                     # 2,000 + 200 clips in data/argaze_toy, half a minute
+    python -m argaze.make_data                                     # 1,000 + 200 clips in data/argaze_toy, half a minute
     python -m argaze.make_data --out=data/tiny --n_train=50 --n_val=10 --n_objects=3
 
 A camera moves over a table with several equal objects. A hand touches one of them and leaves again; the gaze stays on
@@ -33,7 +33,7 @@ from lib import configurator
 from lib.checkpoint import write_whole
 from lib.video_out import VideoWriter
 
-VERSION = 3  # of the drawings; clips of another one are not mixed with these
+VERSION = 2  # of the drawings; clips of another one are not mixed with these
 OBJECT = np.array([205.0, 45.0, 40.0])
 SKIN = np.array([245.0, 205.0, 165.0])
 SLEEVE = np.array([35.0, 50.0, 120.0])
@@ -42,10 +42,10 @@ SLEEVE = np.array([35.0, 50.0, 120.0])
 @dataclass
 class Config:
     out: str = "data/argaze_toy"  # folder to write to
-    n_train: int = 2000           # training clips
+    n_train: int = 1000           # training clips
     n_val: int = 200              # clips of the split "test"
-    n_frames: int = 8             # frames per clip
-    size: int = 64                # side of a frame in pixels, even
+    n_frames: int = 6             # frames per clip
+    size: int = 48                # side of a frame in pixels, even
     n_objects: int = 4            # equal objects; a guess without memory is right once in so many
     speed: float = 1.5            # most pixels that the camera moves per frame
     second_touch: float = 0.4     # share of clips in which the hand comes back to another object
@@ -70,9 +70,9 @@ class Config:
 
 def camera_path(rng, cfg):
     """(T, 2) x, y of the frame's corner on the table: a smooth walk."""
-    speed = cfg.speed * rng.uniform(0.3, 1)
     turns = rng.normal(0, 0.5, cfg.n_frames)
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(turns)
+    speed = cfg.speed * rng.uniform(0.3, 1)
     x = np.cumsum(speed * np.cos(heading))
     y = np.cumsum(speed * np.sin(heading))
     return np.stack([x - x.min(), y - y.min()], axis=1)
@@ -100,13 +100,13 @@ def touches(rng, cfg):
     first, second = rng.permutation(cfg.n_objects)[:2]
     target = np.full(cfg.n_frames, first)
     touched = np.zeros(cfg.n_frames, bool)
-    touched[:rng.integers(2, 4)] = True
+    touched[:rng.integers(1, 3)] = True
 
-    # the hand comes back for another object, after a frame or two without it
+    # the hand comes back for another object, after two frames without it
     if cfg.n_frames > 4 and rng.random() < cfg.second_touch:
         back = rng.integers(4, cfg.n_frames)
         target[back:] = second
-        touched[back:back + 2] = True
+        touched[back:back + rng.integers(1, 3)] = True
     return target, touched
 
 
@@ -116,7 +116,7 @@ def touches(rng, cfg):
 
 def table_top(rng, side):
     """(N, N, 3) float: smooth blotches of low contrast, which tell nothing of the objects."""
-    noise = torch.from_numpy(rng.standard_normal((1, 3, 6, 6)))
+    noise = torch.from_numpy(rng.standard_normal((1, 3, 6, 6))).float()
     blotches = F.interpolate(noise, size=(side, side), mode="bicubic", align_corners=False)
     blotches = blotches[0].permute(1, 2, 0).numpy()
     brightness = rng.uniform(70, 110)

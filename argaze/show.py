@@ -99,7 +99,8 @@ def draw(picture, probability, point, text):
     """The film's picture: heat map and cross in the centre square, a text in the corner."""
     picture = picture.copy()
     square = Square(picture)
-    square.cut(picture)[:] = draw_heat(square.cut(picture), probability)
+    part = square.cut(picture)
+    part[:] = draw_heat(part, probability - probability.min())
     if picture.shape[0] != picture.shape[1]:
         box = (square.left, square.top, square.left + square.side, square.top + square.side)
         picture = draw_boxes(picture, [box], "white", 1)

@@ -21,7 +21,7 @@ EGO4D = "aaaaaaaa-0000-4000-8000-000000000001"
 def gaze_toy(tmp_path_factory):
     """12 + 6 generated clips."""
     root = tmp_path_factory.mktemp("argaze") / "toy"
-    make_data.make(make_data.Config(out=str(root), n_train=12, n_val=6, n_workers=1))
+    make_data.make(make_data.Config(out=str(root), n_train=12, n_val=6, n_frames=8, size=64, n_workers=1))
     return root
 
 
@@ -199,7 +199,7 @@ def test_gaze_points_lie_on_the_object_that_was_touched(gaze_toy):
 
 
 def test_the_same_settings_make_the_same_clips(gaze_toy, tmp_path):
-    make_data.make(make_data.Config(out=str(tmp_path), n_train=2, n_val=1, n_workers=1))
+    make_data.make(make_data.Config(out=str(tmp_path), n_train=2, n_val=1, n_frames=8, size=64, n_workers=1))
     name = "clips.gaze/train/train_t1_t2.mp4"
     assert (tmp_path / name).read_bytes() == (gaze_toy / name).read_bytes()
     with pytest.raises(ValueError, match="other settings"):

@@ -85,7 +85,7 @@ def test_a_perfect_prediction_is_near_the_best_scores(tensors):
 def report(tmp_path_factory):
     """What python -m argaze.eval leaves for an untrained model and all baselines, and its folder."""
     root = tmp_path_factory.mktemp("argaze_eval")
-    make_data.make(make_data.Config(out=str(root / "toy"), n_train=12, n_val=6, n_workers=1))
+    make_data.make(make_data.Config(out=str(root / "toy"), n_train=12, n_val=6, n_frames=8, size=64, n_workers=1))
     tiny_argaze().save_pretrained(root / "ckpt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["argaze.eval", f"--root={root / 'toy'}", f"--ckpt={root / 'ckpt'}", "--stride=1",
