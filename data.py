@@ -375,10 +375,6 @@ def from_model_pixels(x):
     return ((x.float() * std + mean + 1) / 2).clamp(0, 1)
 
 
-normalize = to_model_pixels  # the old names, until nobody uses them
-denormalize = from_model_pixels
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # clips
 

@@ -199,7 +199,9 @@ def greedy_gazing(mae, video, budgets):
 
 
 def choose(mae, models, video, moved, budgets, ratios, with_greedy, seed):
-    """{method: gazing} of clips (B, T, 3, R, R); moved: (B, T, R, R) from the codec, or None."""
+    """{method: gazing} of clips (B, T, 3, R, R); moved: (B, T, R, R) from the codec, or None.
+
+    FORK: your own method is one more line here, `gazings["mine"] = …`. It takes budgets[t] patches in frame t."""
     config = mae.config
     generator = torch.Generator().manual_seed(seed)
     gazings = {"random": random_gazing(budgets, len(video), config.num_ids, generator)}
