@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from argaze import data, formats, make_data
 from data import VideoError
+from lib.video_out import VideoWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "argaze_data"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -206,7 +208,88 @@ def test_the_same_settings_make_the_same_clips(gaze_toy, tmp_path):
         make_data.make(make_data.Config(out=str(tmp_path), n_train=2, n_val=1, n_objects=3))
 
 
+# ---- from the sets' own videos to items: the brightness of an invented frame is its number in the whole video
+
+def write_movie(path, numbers):
+    path.parent.mkdir(parents=True)
+    with VideoWriter(path, 30, crf=1) as film:
+        for number in numbers:
+            film.write(np.full((48, 64, 3), number % 240, np.uint8))
+
+
+def shown(item):
+    return item["video"].float().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_an_egtea_item_shows_the_frames_of_its_rows(broken, index):
+    root = broken / "egtea"
+    for clip in formats.list_clips("egtea", root, "test"):
+        write_movie(clip.path.parent / "x" / clip.name, range(*clip.windows[0]))
+        (clip.path.parent / "x" / clip.name).rename(clip.path)
+        shutil.rmtree(clip.path.parent / "x")
+    with pytest.warns(UserWarning, match="2 of 3 clips are shorter"):
+        clips = data.GazeClips("egtea", root, "test", size=32)
+    item = clips[index]
+    frames = EXPECTED["egtea"]["clips"][index]["eval_global_frames"]
+    assert item["frames"].tolist() == frames and (shown(item) - torch.tensor(frames)).abs().max() < 2
+
+    # the middle square of 64 x 48
+    table = formats.egtea_gaze(root, clips.clips[index].video)
+    for t, frame in enumerate(frames):
+        x, y, kind = table[frame] if frame < len(table) else (0, 0, 0)
+        assert item["tracked"][t] == (kind > 0) and item["counted"][t] == (kind == 1)
+        want = [min(max((x * 64 - 8) / 48, 0), 1), y] if kind else [0.5, 0.5]
+        assert item["points"][t].tolist() == pytest.approx(want, abs=0.02)
+
+
+def test_an_ego4d_item_shows_the_frames_of_its_window(broken):
+    root = broken / "ego4d"
+    for first, name in ((0, "t0_t5"), (450, "t15_t20")):
+        folder = root / "clips.gaze" / EGO4D / name
+        write_movie(folder / "x.mp4", range(first, first + 150))
+        (folder / "x.mp4").rename(root / "clips.gaze" / EGO4D / f"{EGO4D}_{name}.mp4")
+    clips = data.GazeClips("ego4d", root, "test", size=32)
+    for index, first in ((0, 0), (1, 450)):
+        frames = clips[index]["frames"]
+        assert frames.tolist() == list(range(first, first + 64, 8))
+        assert (shown(clips[index]) - frames % 240).abs().max() < 2
+    assert clips[0]["counted"].tolist() == [True] + [False] * 7  # frame 8 is a saccade, the others have no row
+
+
+def test_an_egoexo4d_item_shows_the_frames_of_its_window(broken, tmp_path):
+    root = broken / "egoexo4d"
+    folder = tmp_path / "lab_tea_01_4" / "frame_aligned_videos" / "aria01_214-1"
+    folder.mkdir(parents=True)
+    for number in range(64):
+        Image.new("RGB", (64, 64), (number,) * 3).save(folder / f"frame_{number:05d}.jpg", quality=100)
+    clips = data.GazeClips("egoexo4d", root, "test", size=32, frames=tmp_path)
+    for item, want in zip((clips[0], clips[1]), EXPECTED["egoexo4d"]["test_iid"], strict=True):
+        assert (shown(item) - torch.tensor(want["frame_numbers"])).abs().max() < 2
+        rows = torch.tensor(want["x_y_visible"])
+        assert torch.equal(item["points"], rows[:, :2]) and torch.equal(item["counted"], rows[:, 2] == 1)
+
+
 # ---- bad input
+
+@pytest.mark.parametrize("name, old, new, message", [
+    ("ego4d/gaze/{}.csv", "0,0.004,0,0,0,0.5,0.5,1.0", "0,0.004,0.5", "line 2: 3 columns, expected at least 7"),
+    ("ego4d/gaze/{}.csv", "0.021", "late", "line 3: 'late' is not a number"),
+    ("egoexo4d/captures/lab_tea_01/timesync.csv", "aria01", "cam02", "no column aria01_214-1_capture"),
+    ("egoexo4d/split_assignments.csv", "video_path", "path", "no column video_path; its first line"),
+    ("egoexo4d/takes.json", "lab_tea_01_3", "lab_tea_01_9", "no take 'lab_tea_01_3'"),
+    ("egoexo4d/gaze_data/takes/lab_tea_01_3/eye_gaze/personalized_eye_gaze_2d.csv", "tracking_timestamp_us", "t",
+     "no column with a timestamp")])
+def test_wrong_columns_are_named(broken, name, old, new, message):
+    path = broken / name.format(EGO4D)
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=message):
+        if "ego4d/" in name and "egoexo4d" not in name:
+            formats.label_ego4d(path, 20)
+        else:
+            clip = formats.list_clips("egoexo4d", broken / "egoexo4d", "train")[0]
+            formats.read_gaze("egoexo4d", broken / "egoexo4d", clip)
+
 
 def read(broken, dataset, split="test"):
     return data.GazeClips(dataset, broken / dataset, split)
