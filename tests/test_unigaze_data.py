@@ -2,6 +2,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +196,13 @@ def test_a_file_that_was_cut_off_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(FaceError, match=r"p00\.h5: cannot be opened as HDF5, perhaps it was cut off"):
         Faces(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["data", "convert", "make_data", "show"])
+def test_a_script_run_as_a_file_says_how_to_run_it(script):
+    path = Path(data.__file__).with_name(f"{script}.py")
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert done.returncode == 1 and f"python -m unigaze.{script}" in done.stderr
 
 
 @pytest.mark.parametrize("columns, text", [
