@@ -12,6 +12,7 @@ and, for who normalises the raw pictures: what a row of each set's annotations s
 
 Lengths are in mm, all in the camera of the picture. XGaze's cameras 3, 6 and 13 hang upside down: turn them first.
 """
+
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m unigaze.convert …")
 

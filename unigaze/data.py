@@ -11,6 +11,7 @@ right, y down, z away). So pitch > 0 looks up, and yaw > 0 looks to the LEFT of 
 
 Dimension key: n faces in a file, S side of a crop, B batch.
 """
+
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m unigaze.data check …")
 

@@ -75,7 +75,7 @@ class MediaPipe:
             if presence < MIN_SCORE:
                 continue
             corners = np.concatenate([points.min(axis=0), points.max(axis=0)])
-            faces.append(Face(corners, points[SIX_OF_MESH], float(score)))
+            faces.append(Face(corners, points[SIX_OF_MESH], score))
         return sorted(faces, key=lambda face: face.box[0])
 
     def detect(self, image, share=1.0):
@@ -92,38 +92,38 @@ class MediaPipe:
         raw, logits = run(self.detector, square / 127.5 - 1)
 
         # what each cell says, relative to its centre, in pixels of the square
-        scores = 1 / (1 + np.exp(-logits.reshape(-1).clip(-50, 50)))
+        scores = sigmoid(logits.reshape(-1))
         found = np.flatnonzero(scores > MIN_SCORE)
-        cell = DETECTOR_SIZE / GRID
-        column = found % GRID
-        row = found // GRID
-        centres = cell * np.stack([column + 0.5, row + 0.5], axis=1)
+        row, column = np.divmod(found, GRID)
+        centres = np.stack([column + 0.5, row + 0.5], axis=1) * DETECTOR_SIZE / GRID
         raw = raw.reshape(GRID * GRID, 16)[found]
-        middle = raw[:, :2] + centres
-        half = raw[:, 2:4] / 2
-        boxes = np.concatenate([middle - half, middle + half], axis=1) / scale
-        eyes = (raw[:, 4:8].reshape(-1, 2, 2) + centres[:, None]) / scale
-        return list(zip(boxes, eyes, scores[found], strict=True))
+        middle = centres + raw[:, 0:2]
+        half_size = raw[:, 2:4] / 2
+        eyes = centres[:, None] + raw[:, 4:8].reshape(-1, 2, 2)
+
+        detected = []
+        for k, score in enumerate(scores[found]):
+            box = np.concatenate([middle[k] - half_size[k], middle[k] + half_size[k]])
+            detected.append((box / scale, eyes[k] / scale, float(score)))
+        return detected
 
     def landmarks(self, image, box, eyes):
         """Points (468, 2) in pixels of the image, and how sure the mesh is that there is a face."""
         # a square around the box, turned so that the eyes are level
-        left, top, right, bottom = box
-        middle = np.array([left + right, top + bottom]) / 2
-        side = MESH_MARGIN * max(right - left, bottom - top)
+        middle = (box[:2] + box[2:]) / 2
+        scale = MESH_MARGIN * max(box[2:] - box[:2]) / MESH_SIZE
         along = eyes[1] - eyes[0]
         cos, sin = along / max(np.linalg.norm(along), 1e-6)
-        scale = side / MESH_SIZE
         turn = scale * np.array([[cos, -sin], [sin, cos]])
+        shift = middle - turn @ [MESH_SIZE / 2, MESH_SIZE / 2]
         to_image = np.eye(3)
         to_image[:2, :2] = turn
-        to_image[:2, 2] = middle - turn @ [MESH_SIZE / 2, MESH_SIZE / 2]
+        to_image[:2, 2] = shift
 
-        crop = warp(image, np.linalg.inv(to_image), MESH_SIZE).astype(np.float32) / 255
-        points, presence = run(self.mesh, crop)
+        crop = warp(image, np.linalg.inv(to_image), MESH_SIZE)
+        points, presence = run(self.mesh, crop.astype(np.float32) / 255)
         points = points.reshape(-1, 3)[:, :2]
-        points = points @ turn.T + to_image[:2, 2]
-        return points, 1 / (1 + np.exp(-float(presence.reshape(-1)[0])))
+        return points @ turn.T + shift, sigmoid(presence.item())
 
 
 def run(network, picture):
@@ -132,6 +132,10 @@ def run(network, picture):
     network.invoke()
     first, second = network.get_output_details()[:2]
     return network.get_tensor(first["index"]), network.get_tensor(second["index"])
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.clip(x, -50, 50)))
 
 
 def split(image):

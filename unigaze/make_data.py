@@ -13,6 +13,7 @@ The two sets differ as real ones do, and a model that learnt one fails on the ot
 
 Dimension key: N faces, S side of the crop, P rays = (2 S)^2.
 """
+
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m unigaze.make_data")
 

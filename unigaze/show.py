@@ -25,6 +25,7 @@ the toy's they mean little on photographs.
 targets.csv has the columns frame, x, y, z: where the person looks in a frame, in mm in the camera (x right, y down, z
 away). The camera itself is 0, 0, 0. Three directions or more give an affine correction, fewer an offset.
 """
+
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m unigaze.show …")
 
