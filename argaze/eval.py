@@ -10,7 +10,8 @@ of a split (fixations; EgoExo4D: visible gaze), not over batches. Prints a table
 
     eval.json         every metric of every method and split
     frames_SPLIT.csv  a row per frame: prediction, truth, F1, distance (columns of the published code)
-    worst_SPLIT.png   the clips with the largest mean distance, frame by frame: true and predicted gaze
+    clips_SPLIT.png   the first clips, frame by frame: predicted heat map, predicted and true gaze
+    worst_SPLIT.png   the clips with the largest mean distance
 
 Baselines: center and random, Gaussians of 5 cells as published; mean, the mean true map of training clips, the best
 that knows no picture; last, a Gaussian where gaze really was in the frame before, which no camera without an eye
@@ -60,15 +61,16 @@ class Config:
     max_clips: int = 1000000      # most clips of a split
     field_of_view: float = 60.0   # degrees, of the camera that the angular error is told for (published)
     mean_clips: int = 256         # training clips for the baseline "mean"
-    worst: int = 8                # clips on the page of the worst
+    shown: int = 4                # clips drawn in clips_SPLIT.png
+    worst: int = 8                # clips drawn in worst_SPLIT.png
     batch_size: int = 8           # clips at once
     n_workers: int = 4            # decoding processes
     seed: int = 0                 # of the random baseline
     device: str = "auto"          # auto | cpu | cuda
 
     def check(self):
-        configurator.check_at_least(self, n_frames=1, stride=1, max_clips=1, mean_clips=1, worst=0, batch_size=1,
-                                    n_workers=0, seed=0)
+        configurator.check_at_least(self, n_frames=1, stride=1, max_clips=1, mean_clips=1, shown=1, worst=1,
+                                    batch_size=1, n_workers=0, seed=0)
         configurator.check_above_zero(self, "field_of_view")
 
 
@@ -343,20 +345,20 @@ def write_csv(path, frames, keys, threshold):
 
 
 def find_worst(frames, n_frames, n_worst):
-    """[(mean distance, clip index)] of the clips with the largest mean distance over their counted frames."""
+    """[(clip index, mean distance)] of the clips with the largest mean distance over their counted frames."""
     counted = frames["counted"].view(-1, n_frames)
-    distance = frames["l2"].view(-1, n_frames) * counted
-    mean = distance.sum(1) / counted.sum(1).clamp(min=1)
-    values, indices = mean.topk(min(n_worst, len(mean)))
-    return list(zip(values.tolist(), indices.tolist(), strict=True))
+    distance = frames["l2"].view(-1, n_frames)
+    mean = (distance * counted).sum(1) / counted.sum(1).clamp(min=1)
+    order = mean.argsort(descending=True)[:n_worst]
+    return [(index, mean[index].item()) for index in order.tolist()]
 
 
 @torch.no_grad()
-def draw_worst(path, worst, data, method):
-    """The worst clips, a row each: the predicted map, the predicted point (red) and the true one (green)."""
+def draw_clips(path, data, clips, method):
+    """A row of pictures per clip, {name: index in data}: predicted map, predicted point (white), true point (green)."""
     sheet = {}
     side = 128
-    for distance, index in worst:
+    for name, index in clips.items():
         batch = collate([data[index]])
         logits = method(batch)[0].float()
         maps = stretched_maps(logits).numpy()
@@ -365,15 +367,15 @@ def draw_worst(path, worst, data, method):
 
         pictures = []
         for t, image in enumerate(batch["video"][0]):
-            picture = video_out.draw_heat(image.permute(1, 2, 0).numpy(), maps[t], opacity=0.5)
+            picture = image.permute(1, 2, 0).numpy()
             picture = video_out.resize(picture, side, side)
-            picture = video_out.draw_cross(picture, predicted[t].tolist(), "red", 6)
+            picture = video_out.draw_heat(picture, maps[t], opacity=0.5)
+            picture = video_out.draw_cross(picture, predicted[t].tolist(), "white", 9)
             if batch["tracked"][0, t]:
-                picture = video_out.draw_cross(picture, true[t].tolist(), "lime", 6)
+                picture = video_out.draw_cross(picture, true[t].tolist(), "lime", 5)
             pictures.append(picture)
-        sheet[f"L2 {distance:.2f}"] = pictures
-    legend = {"predicted": "red", "true": "lime"}
-    video_out.contact_sheet(path, sheet, legend=legend, title="the clips with the largest mean distance", cell=side)
+        sheet[name] = pictures
+    video_out.contact_sheet(path, sheet, legend={"predicted": "white", "true": "lime"}, cell=side)
 
 
 @torch.no_grad()
@@ -425,42 +427,40 @@ def main():
     def run_model(batch):
         return model(batch["video"].to(device)).cpu()
 
-    train = None
+    # the model comes last: single frames and pictures are its
+    methods = {"center": center_baseline, "random": random_baseline(cfg.seed), "last": last_baseline}
     try:
-        train = open_split(cfg, "train", side)
+        methods["mean"] = mean_baseline(open_split(cfg, "train", side), cfg.mean_clips)
     except (OSError, ValueError) as error:
         print(f"no baseline mean: {error}")
+    if model is not None:
+        methods["model"] = run_model
+    last = list(methods)[-1]
 
     for split in cfg.splits.split(","):
-        # 1. what to compare; the model comes last
+        # 1. metrics
         data = open_split(cfg, split, side)
-        methods = {"center": center_baseline, "random": random_baseline(cfg.seed), "last": last_baseline}
-        if train is not None:
-            methods["mean"] = mean_baseline(train, cfg.mean_clips)
-        if model is not None:
-            methods["model"] = run_model
-
-        # 2. metrics
         results, frames, keys = measure(cfg, data, methods)
         report["splits"][split] = results
         print_table(split, results, len(keys))
 
-        # 3. single frames and the worst clips, of the last method
-        last = list(methods)[-1]
+        # 2. single frames, the worst clips and the first ones
         write_csv(out / f"frames_{split}.csv", frames, keys, results[last]["threshold"])
         worst = find_worst(frames, cfg.n_frames, cfg.worst)
-        report["worst"][split] = [(keys[index], distance) for distance, index in worst]
-        if worst:
-            draw_worst(out / f"worst_{split}.png", worst, data, methods[last])
+        report["worst"][split] = [(keys[index], distance) for index, distance in worst]
+        rows = {f"{place}. L2 {distance:.3f}": index for place, (index, distance) in enumerate(worst, 1)}
+        draw_clips(out / f"worst_{split}.png", data, rows, methods[last])
+        rows = {f"clip {index}": index for index in range(min(cfg.shown, len(keys)))}
+        draw_clips(out / f"clips_{split}.png", data, rows, methods[last])
 
-    # 4. speed
+    # 3. speed
     if model is not None:
         speed = measure_speed(model, device, cfg.n_frames)
         report["speed"] = speed
         print(f"\none stream: {speed['ms_per_frame']:.1f} ms per frame; running the last {cfg.n_frames} frames anew for "
               f"each: {speed['ms_per_frame_anew']:.1f} ms; streaming saves a factor of {speed['saved']:.1f}")
     write_whole(out / "eval.json", json.dumps(report, indent=1))
-    print(f"{out}: eval.json, frames_*.csv, worst_*.png")
+    print(f"{out}: eval.json, frames_*.csv, clips_*.png, worst_*.png")
 
 
 if __name__ == "__main__":
