@@ -118,13 +118,13 @@ def read_frames(clip, frames):
     if is_text(clip.path):
         raise VideoError(f"{clip.path} is text and no video: was a csv file saved as .mp4? Download it again")
 
+    # one more frame is decoded, to see whether a file that ends too early ends much too early
     wanted = (frames - clip.offset).tolist()
-    images = dict(decode(clip.path, set(wanted)))
-    if max(wanted) not in images:
-        n_frames = count_frames(clip.path)
-        if n_frames + MAX_MISSING <= max(wanted):
-            raise VideoError(f"{clip.path} has {n_frames} frames, frame {max(wanted)} is needed: it was cut short, or "
-                             "the list names another clip")
+    least = max(0, max(wanted) - MAX_MISSING)
+    images = dict(decode(clip.path, {*wanted, least}))
+    if max(images) < least:
+        raise VideoError(f"{clip.path} ends before its frame {least}, frame {max(wanted)} is needed: it was cut short, "
+                         "or the list names another clip")
     last = images[max(images)]
     return [images.get(i, last) for i in wanted]
 
