@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -510,51 +511,72 @@ def write_table(path, table):
     write_whole(path, "\n".join(lines) + "\n")
 
 
-def write_frames(cfg):
-    """Write the pictures of all clips of all splits into cfg.frames. Those that exist are kept, so it can go on."""
-    if not cfg.frames:
-        raise ValueError("--frames= is missing: the folder to write the pictures to")
+def frames_to_write(cfg):
+    """{(video file, frame it begins with, folder): frame numbers} of all clips of all splits, each frame once."""
     jobs = {}
+    claimed = defaultdict(set)
     for split in cfg.splits.split(","):
         for clip in list_clips(cfg.dataset, cfg.root, split, "", cfg.n_frames, cfg.stride):
+            path = clip.path
+            offset = clip.offset
+            if cfg.dataset == "ego4d" and not path.is_file():  # not cut into clips
+                path = Path(cfg.root, "full_scale.gaze", f"{clip.video}.mp4")
+                offset = 0
             folder = picture_folder(cfg.dataset, cfg.frames, clip, Path(cfg.root))
-            source = (clip.path, clip.offset)
-            if cfg.dataset == "ego4d" and not clip.path.is_file():  # not cut into clips
-                source = (Path(cfg.root, "full_scale.gaze", f"{clip.video}.mp4"), 0)
-            step = clip.stride if cfg.dataset == "egoexo4d" else 1  # EgoExo4D is always sampled at the same frames
-            numbers = jobs.setdefault((*source, folder, cfg.side), set())
+
+            # EgoExo4D is always sampled at the same frames, the others in training anywhere
+            step = clip.stride if cfg.dataset == "egoexo4d" else 1
+            numbers = set()
             for first, end in clip.windows:
                 numbers.update(range(first, end, step))
+            numbers -= claimed[folder]
+            claimed[folder] |= numbers
+            jobs.setdefault((path, offset, folder), set()).update(numbers)
+    return jobs
+
+
+def write_frames(cfg):
+    """Write the pictures of all clips into cfg.frames. Those that exist are kept, so it can go on where it stopped."""
+    if not cfg.frames:
+        raise ValueError("--frames= is missing: the folder to write the pictures to")
+    jobs = frames_to_write(cfg)
+
+    def write(job):
+        return write_pictures(*job, jobs[job], cfg.side)
 
     with ThreadPoolExecutor(cfg.n_workers) as pool:  # decoding and encoding release the interpreter's lock
-        errors = list(tqdm(pool.map(write_pictures, jobs.items()), total=len(jobs), unit="video"))
+        results = list(tqdm(pool.map(write, jobs), total=len(jobs), unit="video"))
     picture_names.cache_clear()
-    errors = [error for error in errors if error]
+    errors = [error for error in results if error]
     print(f"{cfg.frames}: pictures of {len(jobs) - len(errors)} of {len(jobs)} videos")
     if errors:
         raise VideoError(f"{len(errors)} videos gave no or not all pictures: {'; '.join(errors[:5])}")
 
 
-def write_pictures(job):
-    """Write the pictures of one video file; returns what went wrong, or None."""
-    (path, offset, folder, side), numbers = job
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = sorted(numbers - picture_names(str(folder)).keys())
+def write_pictures(path, offset, folder, numbers, side):
+    """Write the pictures of one video file, <folder>/%06d.jpg; returns what went wrong, or None."""
+    missing = numbers - picture_names(str(folder)).keys()
     if not missing:
         return None
+    if not path.is_file():
+        return f"{path} is missing"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {number - offset for number in missing}
+    n_written = 0
     try:
-        if not path.is_file() or is_text(path):
-            return f"{path} is {'no video' if path.is_file() else 'missing'}"
-        for number, image in decode(path, {number - offset for number in missing}):
+        for i, image in decode(path, wanted):
             image = Image.fromarray(image)
             if side:
                 scale = side / min(image.size)
                 image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-            half_written = folder / f".{number + offset:06d}.jpg"
-            image.save(half_written, quality=95)
-            os.replace(half_written, folder / half_written.name[1:])
+            name = f"{offset + i:06d}.jpg"
+            image.save(folder / f".{name}", quality=95)
+            os.replace(folder / f".{name}", folder / name)
+            n_written += 1
     except VideoError as error:
         return str(error)
+    if n_written < len(wanted) - MAX_MISSING:
+        return f"{path} ends before its frame {max(wanted)}: {n_written} of {len(wanted)} pictures"
     return None
 
 
