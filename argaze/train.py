@@ -165,22 +165,23 @@ def learning_rate(cfg, epoch, epochs):
 
 def make_optimizer(model, cfg):
     """AdamW with a group per rate and decay. group["scale"]: its rate over that of the decoder."""
+    # blocks of a trained encoder learn slower, unless it is a fresh one
     scales = {}
-    layers = blocks(model.encoder)
-    for depth, block in enumerate(layers):
-        scale = cfg.encoder_lr * cfg.layer_decay ** (len(layers) - 1 - depth)
-        scales |= {parameter: scale for parameter in block.parameters()}
-    if model.config.encoder.startswith("random:"):  # nothing to preserve
-        scales = {}
+    if not model.config.encoder.startswith("random:"):
+        scale = cfg.encoder_lr
+        for block in reversed(blocks(model.encoder)):
+            for parameter in block.parameters():
+                scales[parameter] = scale
+            scale *= cfg.layer_decay
 
     groups = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decays = cfg.decay_all or parameter.dim() > 1
-            groups.setdefault((scales.get(parameter, 1.0), decays), []).append(parameter)
-    return torch.optim.AdamW([
-        dict(params=parameters, scale=scale, weight_decay=cfg.weight_decay * decays)
-        for (scale, decays), parameters in groups.items()], lr=cfg.lr)
+            decay = cfg.weight_decay if cfg.decay_all or parameter.dim() > 1 else 0.0
+            key = scales.get(parameter, 1.0), decay
+            group = groups.setdefault(key, {"params": [], "scale": key[0], "weight_decay": decay})
+            group["params"].append(parameter)
+    return torch.optim.AdamW(groups.values(), lr=cfg.lr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,13 +189,13 @@ def make_optimizer(model, cfg):
 
 
 def own_slots(cfg, step, epoch, history):
-    """(T, k + 1) bool: which slots of history, and in the last column which template, take the model's own prediction.
-
-    One draw per step, for all clips and processes.
-    """
-    ramp = min(1.0, epoch / cfg.own_epochs) if cfg.own_epochs else 1.0
-    probability = cfg.own_start + (cfg.own_end - cfg.own_start) * ramp
-    draw = torch.rand(cfg.n_frames, history + 1, generator=run.shared_generator(cfg.seed, step))
+    """(T, k + 1) bool: which slots of history, and in the last column which template, take the model's own prediction;
+    and the probability that they do. One draw per step, for all clips and processes."""
+    probability = cfg.own_end
+    if epoch < cfg.own_epochs:
+        probability = cfg.own_start + (cfg.own_end - cfg.own_start) * epoch / cfg.own_epochs
+    generator = run.shared_generator(cfg.seed, step)
+    draw = torch.rand(cfg.n_frames, history + 1, generator=generator)
     return draw < probability, probability
 
 
@@ -210,8 +211,7 @@ def validate(model, loader, metrics, autocast, device):
     for batch in loader:
         with autocast:
             logits = model(batch["video"].to(device))
-        points, counted = batch["points"].to(device), batch["counted"].to(device)
-        metrics.add(logits, points, counted)
+        metrics.add(logits, batch["points"].to(device), batch["counted"].to(device))
         if first is None:
             first = batch["video"][0], logits[0].float().cpu(), batch["points"][0]
     model.train()
@@ -221,14 +221,17 @@ def validate(model, loader, metrics, autocast, device):
 def save_picture(path, title, video, logits, points):
     """Write a clip's frames with the predicted heat map, its point as a cross and the true gaze as a box."""
     probability, predicted, _ = ARGaze.predict(logits)
-    frames, side = video.permute(0, 2, 3, 1).numpy(), video.shape[-1]
-    plain, drawn = [], []
-    for t, frame in enumerate(frames):
+    side = video.shape[-1]
+    plain = []
+    drawn = []
+    for t, frame in enumerate(video.permute(0, 2, 3, 1).numpy()):
         x, y = (points[t] * side).tolist()
-        box = [(x - side / 20, y - side / 20, x + side / 20, y + side / 20)]
-        plain.append(video_out.draw_boxes(frame, box, "lime", max(1, side // 100)))
+        box = (x - side / 20, y - side / 20, x + side / 20, y + side / 20)
+        plain.append(video_out.draw_boxes(frame, [box], "lime", max(1, side // 100)))
+
         heat = video_out.draw_heat(frame, probability[t].numpy())
-        drawn.append(video_out.draw_cross(heat, (predicted[t] * side).tolist(), "white", side // 16, 1))
+        place = (predicted[t] * side).tolist()
+        drawn.append(video_out.draw_cross(heat, place, "white", side // 16, 1))
     video_out.contact_sheet(path, {"true gaze": plain, "prediction": drawn}, title=title)
 
 
@@ -242,10 +245,13 @@ def main():
 
     # ---- model
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
-    start, best, resumed = 0, math.inf, None
+    start = 0
+    best = math.inf
+    resumed = None
     if cfg.init_from == "resume":
         resumed = load_state(out, cfg, world, {*ARGazeConfig.__dataclass_fields__, "n_frames"})
-        start, best = resumed["step"], resumed["best"]
+        start = resumed["step"]
+        best = resumed["best"]
         model = ARGaze.from_pretrained(out)  # for its config.json: sizes may come from what the run started from
         model.load_state_dict(resumed["model"])
     elif cfg.init_from == "scratch":
@@ -257,46 +263,56 @@ def main():
         model.config.train_encoder = cfg.train_encoder
         model.freeze()
     model.to(device).train()
-    k, R = model.config.history, model.config.image_size
+    R = model.config.image_size
 
     # ---- data
-    def clips(split, **settings):
-        return GazeClips(cfg.dataset, cfg.root, split, cfg.n_frames, R, cfg.stride, cfg.frames, cache=cfg.cache,
-                         seed=cfg.seed, **settings)
-
-    train, val = clips(cfg.train_split, augment=cfg.augment), clips(cfg.val_split)
+    settings = dict(n_frames=cfg.n_frames, size=R, stride=cfg.stride, frames=cfg.frames, cache=cfg.cache, seed=cfg.seed)
+    train = GazeClips(cfg.dataset, cfg.root, cfg.train_split, augment=cfg.augment, **settings)
+    val = GazeClips(cfg.dataset, cfg.root, cfg.val_split, **settings)
     run.check_same(training_clips=len(train), validation_clips=len(val))
+
+    # the order of the training clips follows from seed and step
     total = cfg.steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     epochs = total * cfg.batch_size / len(train)
     sampler = StepSampler(len(train), cfg.batch_size, rank, world, cfg.micro_batch, cfg.seed, start, total)
     loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
+
+    # every process validates on its share
     n_val = min(len(val), cfg.val_clips)
+    if n_val < world:
+        raise ValueError(f"{n_val} clips for validation are fewer than the {world} processes")
     val_loader = make_loader(val, shard(n_val, rank, world, sampler.micro), cfg.n_workers, collate)
 
     # true maps: those of the data set's evaluation, unless told otherwise
-    maps = dict(LABEL_MAPS[train.dataset])
-    maps["size"] = cfg.label_size or maps["size"]
-    maps["sigma"] = cfg.label_sigma or maps["sigma"]
+    label_map = dict(LABEL_MAPS[train.dataset])
+    if cfg.label_size:
+        label_map["size"] = cfg.label_size
+    if cfg.label_sigma:
+        label_map["sigma"] = cfg.label_sigma
 
     # ---- optimizer
     optimizer = make_optimizer(model, cfg)
     ddp, sync, autocast, scaler, precision = run.prepare(model, optimizer, cfg, world, device, resumed)
+    million = 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log = Log(cfg, rank, world, device, [
-        f"ARGaze, {model.config.variant}: {count_parameters(model) / 1e6:.2f} M parameters, "
-        f"{count_parameters(model.encoder) / 1e6:.2f} M of them in the encoder; {trained / 1e6:.2f} M are trained",
+        f"ARGaze, {model.config.variant}: {count_parameters(model) / million:.2f} M parameters, "
+        f"{count_parameters(model.encoder) / million:.2f} M of them in the encoder; {trained / million:.2f} M trained",
         f"{sampler.arithmetic}; {total} steps = {epochs:.1f} epochs of {len(train)} clips",
         f"{train.dataset}: {len(train)} training clips, {n_val} for validation, each {cfg.n_frames} frames of "
-        f"3 x {R} x {R} uint8" + (f"; resumed at step {start}" if resumed else ""), precision], start)
+        f"3 x {R} x {R} uint8",
+        f"starts at step {start}; {precision}"], start)
 
     # ---- loop
-    unreadable, t0 = set(), time.time()
+    unreadable = set()
+    t0 = time.time()
     for step in range(start, total + 1):
         stop = run.stopping()
         if (step % cfg.val_every == 0 or step == total) and not stop:
-            metrics, first = validate(model, val_loader, Metrics(train.dataset, **maps), autocast, device)
+            metrics, first = validate(model, val_loader, Metrics(train.dataset, **label_map), autocast, device)
             log.write(step, total, step - start, **{f"val_{name}": value for name, value in metrics.items()})
-            best = keep_best(model, out, metrics["l2"] if cfg.best == "l2" else -metrics["f1"], best, rank)
+            badness = metrics["l2"] if cfg.best == "l2" else -metrics["f1"]
+            best = keep_best(model, out, badness, best, rank)
             if rank == 0:
                 title = f"step {step}: F1 {metrics['f1']:.3f}, L2 {metrics['l2']:.3f}"
                 save_picture(out / "val.png", title, *first)
@@ -312,11 +328,12 @@ def main():
         lr = learning_rate(cfg, epoch, epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        own, own_probability = own_slots(cfg, step, epoch, k)
+        own, own_probability = own_slots(cfg, step, epoch, model.config.history)
 
         # the coordinate loss is a mean over the counted frames of the whole batch
         batches = [next(loader) for _ in range(sampler.n_micro)]
-        n_counted = run.all_sum(sum(batch["counted"].sum().item() for batch in batches))[0]
+        n_counted = torch.cat([batch["counted"] for batch in batches]).sum().item()
+        n_counted = max(1, run.all_sum(n_counted)[0])
 
         means = Means()
         for micro, batch in enumerate(batches):
@@ -324,20 +341,21 @@ def main():
             video = batch["video"].to(device, non_blocking=True)         # (B, T, 3, R, R) uint8
             points = batch["points"].to(device)                          # (B, T, 2)
             share = len(video) / sampler.local                           # of this process's clips
-            target = heatmaps(points, tracked=batch["tracked"].to(device), **maps)
+            target = heatmaps(points, tracked=batch["tracked"].to(device), **label_map)
 
             with sync(last=micro == sampler.n_micro - 1):
                 with autocast:
                     logits = ddp(video, target, own, points)             # (B, T, h, w)
                 kl, entropy = reverse_kl(logits, target)
-                # DDP averages over processes; this term is a sum over them
-                coord = coordinate_loss(logits, points, batch["counted"].to(device), max(1, n_counted)) * world
+                coord = coordinate_loss(logits, points, batch["counted"].to(device), n_counted)
+                coord = coord * world  # a sum over processes, which DDP averages
                 loss = (kl + cfg.entropy_weight * entropy) * share + cfg.coord_weight * coord
                 scaler.scale(loss).backward()
             means.add(share, kl=kl, entropy=entropy)
             means.add(1.0, coord=coord, loss=loss)
 
-        check_finite(sum(means.sums.values()).item(), step, [key for batch in batches for key in batch["key"]])
+        keys = [key for batch in batches for key in batch["key"]]
+        check_finite(sum(means.sums.values()).item(), step, keys)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
         run.update(optimizer, scaler)
