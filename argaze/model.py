@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 
 from lib.cpu import linear, quicken
 from lib.weights import announce, assign, download, is_hub_id, read_config, read_tensors, save_folder
@@ -90,11 +91,13 @@ class ARGazeConfig:
 
 def whole_numbers(key, text, separator, count=None):
     """'256+128' -> [256, 128]. ValueError names the key."""
-    parts = text.split(separator)
-    if not all(part.strip().removeprefix("-").isdigit() for part in parts) or count not in (None, len(parts)):
-        form = f"{count} whole numbers" if count else "whole numbers"
-        raise ValueError(f"{key}={text!r} must be {form} joined by {separator!r}")
-    return [int(part) for part in parts]
+    try:
+        numbers = [int(part) for part in text.split(separator)]
+    except ValueError:
+        numbers = []
+    if not numbers or count not in (None, len(numbers)):
+        raise ValueError(f"{key}={text!r} must be {count or ''} whole numbers joined by {separator!r}")
+    return numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,8 +148,10 @@ def random_encoder_config(config, sizes):
 
 def blocks(encoder):
     """The ModuleList of the encoder's blocks, whatever its name is."""
-    n = encoder.config.num_hidden_layers
-    return next(m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == encoder.config.num_hidden_layers:
+            return module
+    raise ValueError(f"{type(encoder).__name__} has no list of blocks: choose another encoder")
 
 
 def block_outputs(encoder, pixels):
@@ -202,13 +207,15 @@ def published_config(tensors):
 
 def resize(maps, size):
     """Maps (…, h, w) -> (…, *size), bilinear."""
-    flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    return F.interpolate(flat, size, mode="bilinear", align_corners=False).view(*maps.shape[:-2], *size)
+    *leading, h, w = maps.shape
+    flat = F.interpolate(maps.reshape(-1, 1, h, w), size, mode="bilinear", align_corners=False)
+    return flat.view(*leading, *size)
 
 
 def to_probability(logits, temperature):
     """softmax(logits / temperature) over maps (…, h, w), in float32."""
-    return (logits.float() / temperature).flatten(-2).softmax(-1).view(logits.shape)
+    flat = logits.float().flatten(-2) / temperature
+    return flat.softmax(-1).view(logits.shape)
 
 
 def expected_point(probability):
@@ -223,20 +230,23 @@ def expected_point(probability):
 
 def position_code(grid, width):
     """2-D sine and cosine code (N, D): the first half of the channels for the row, the second for the column."""
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(width // 4) * 2 / width)
+    exponent = torch.arange(width // 4) * 2 / width
+    frequency = torch.exp(-math.log(10000.0) * exponent)
     angle = torch.arange(grid).unsqueeze(1) * frequency                  # (g, D/4)
     code = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)    # (g, D/2), sine and cosine in turn
     row = code.unsqueeze(1).expand(grid, grid, -1)
     column = code.unsqueeze(0).expand(grid, grid, -1)
-    return torch.cat([row, column], dim=-1).flatten(0, 1)
+    code = torch.cat([row, column], dim=-1)
+    return code.flatten(0, 1)
 
 
 def mirrored_range(center, side, length):
     """Indices (B, side) around center (B,) in [0, 1] of an axis of `length` pixels, mirrored at both of its ends."""
-    first = torch.round(center * (length - 1)).long() - side // 2
-    index = first.unsqueeze(1) + torch.arange(side, device=center.device)
     last = length - 1
-    return last - (last - index.abs()).abs()
+    first = torch.round(center * last).long() - side // 2
+    index = first.unsqueeze(1) + torch.arange(side, device=center.device)
+    index = index.abs()
+    return last - (last - index).abs()
 
 
 def crop(frames, centers, scale, size):
@@ -246,32 +256,37 @@ def crop(frames, centers, scale, size):
     rows = mirrored_range(centers[:, 1], side, height)
     columns = mirrored_range(centers[:, 0], side, width)
 
-    clip = torch.arange(len(frames), device=frames.device).view(-1, 1, 1)
-    square = frames[clip, :, rows.unsqueeze(2), columns.unsqueeze(1)]    # (B, side, side, 3)
-    return F.interpolate(square.movedim(-1, 1), (size, size), mode="bilinear", align_corners=False)
+    clip = torch.arange(len(frames), device=frames.device)
+    square = frames[clip[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (B, side, side, 3)
+    square = rearrange(square, "b h w c -> b c h w")
+    return F.interpolate(square, (size, size), mode="bilinear", align_corners=False)
 
 
 def sample_tokens(tokens, centers, scale):
     """Stand-in for a crop that needs no second pass: g x g tokens, read between the tokens (B, N, D) around centers."""
     grid = math.isqrt(tokens.shape[1])
-    offset = torch.linspace(-0.5, 0.5, grid, device=tokens.device) * scale * grid
-    place = centers.unsqueeze(2) * (grid - 1) + offset                   # (B, 2, g), in tokens from the first
+    last = grid - 1
+    offset = torch.linspace(-0.5, 0.5, grid, device=tokens.device)
+    place = centers.unsqueeze(2) * last + offset * scale * grid          # (B, 2, g), in tokens from the first
+    place = place / last * 2 - 1                                         # -1 and 1: the first and the last token
     x = place[:, 0].unsqueeze(1).expand(-1, grid, -1)
     y = place[:, 1].unsqueeze(2).expand(-1, -1, grid)
+    where = torch.stack([x, y], dim=-1).to(tokens.dtype)                 # (B, g, g, 2)
 
-    where = torch.stack([x, y], dim=-1) / (grid - 1) * 2 - 1             # -1 and 1: the first and the last token
-    picture = tokens.mT.unflatten(2, (grid, grid))
-    sampled = F.grid_sample(picture, where.to(tokens.dtype), padding_mode="reflection", align_corners=True)
-    return sampled.flatten(2).mT
+    picture = rearrange(tokens, "b (h w) d -> b d h w", h=grid)
+    sampled = F.grid_sample(picture, where, padding_mode="reflection", align_corners=True)
+    return rearrange(sampled, "b d h w -> b (h w) d")
 
 
 def region(centers, scale, size, grid):
     """Mask (B, g, g): 1 in the square of `scale` around centers (B, 2), drawn on size x size, then nearest cells."""
     cell = torch.arange(size, device=centers.device)
     low = (centers - scale / 2).unsqueeze(2) * size                      # (B, 2, 1)
-    inside = (cell >= low) & (cell < low + scale * size)                 # (B, 2, size): columns, rows
-    mask = inside[:, 1].unsqueeze(2) & inside[:, 0].unsqueeze(1)
-    return F.interpolate(mask.float().unsqueeze(1), (grid, grid), mode="nearest").squeeze(1)
+    inside = (cell >= low) & (cell < low + scale * size)                 # (B, 2, size)
+    columns, rows = inside.unbind(1)
+    mask = rows.unsqueeze(2) & columns.unsqueeze(1)
+    mask = mask.float().unsqueeze(1)
+    return F.interpolate(mask, (grid, grid), mode="nearest").squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,22 +301,28 @@ class Attention(nn.MultiheadAttention):
 
     def forward(self, x, memory, bias=None):
         D = self.embed_dim
+        H = self.num_heads
         q = linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D])
         kv = linear(memory, self.in_proj_weight[D:], self.in_proj_bias[D:])
-        q = q.unflatten(2, (self.num_heads, -1)).transpose(1, 2)         # (B, H, N, D/H)
-        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q = rearrange(q, "b n (h d) -> b h n d", h=H)
+        k, v = rearrange(kv, "b l (two h d) -> two b h l d", two=2, h=H)
 
         if bias is not None:
             bias = bias.to(q.dtype).expand(-1, 1, q.shape[2], -1)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-        return linear(y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        y = rearrange(y, "b h n d -> b n (h d)")
+        return linear(y, self.out_proj.weight, self.out_proj.bias)
 
 
 def feed_forward(config, width):
-    c = config
-    return quicken(nn.Sequential(nn.Linear(width, c.decoder_ffn), nn.GELU(), nn.Dropout(c.dropout),
-                                 nn.Linear(c.decoder_ffn, width), nn.Dropout(c.dropout)))
+    network = nn.Sequential(
+        nn.Linear(width, config.decoder_ffn),
+        nn.GELU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(config.decoder_ffn, width),
+        nn.Dropout(config.dropout))
+    return quicken(network)
 
 
 class TemplateLayer(nn.Module):
@@ -320,8 +341,10 @@ class TemplateLayer(nn.Module):
     def forward(self, x, memory, n_last=None):
         """x (B, L, D). n_last: return only so many of the last tokens, those that anything reads afterwards."""
         queries = x if n_last is None else x[:, -n_last:]
-        x = self.norm1(queries + self.drop(self.self_attn(queries, x)))
-        x = self.norm2(x + self.drop(self.cross_attn(x, memory)))
+        update = self.self_attn(queries, x)
+        x = self.norm1(queries + self.drop(update))
+        update = self.cross_attn(x, memory)
+        x = self.norm2(x + self.drop(update))
         return self.norm3(x + self.ffn(x))
 
 
@@ -341,10 +364,13 @@ class TwoCrossLayer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, memory, past, bias):
-        x = self.norm1(x + self.drop(self.self_attn(x, x)))
+        update = self.self_attn(x, x)
+        x = self.norm1(x + self.drop(update))
         if past.shape[1]:
-            x = self.norm2(x + self.drop(self.history_cross_attn(x, past, bias)))
-        x = self.norm3(x + self.drop(self.current_cross_attn(x, memory)))
+            update = self.history_cross_attn(x, past, bias)
+            x = self.norm2(x + self.drop(update))
+        update = self.current_cross_attn(x, memory)
+        x = self.norm3(x + self.drop(update))
         return self.norm4(x + self.ffn(x))
 
 
@@ -356,8 +382,12 @@ def doubling(config, width):
 
 
 def head_stage(config, n_in, n_out):
-    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(), nn.Dropout2d(config.dropout),
-                         *doubling(config, n_out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(n_in, n_out, 3, padding=1),
+        nn.ReLU(),
+        nn.Dropout2d(config.dropout),
+        *doubling(config, n_out),
+        nn.ReLU())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,8 +443,9 @@ class ARGaze(nn.Module):
         c = self.config
         self.encoder.requires_grad_(False)
         if c.train_encoder:
-            n_used = max(layer % (len(blocks(self.encoder)) + 1) for layer in self.scene_layers)
-            blocks(self.encoder)[:n_used].requires_grad_(True)
+            layers = blocks(self.encoder)
+            n_used = max(layer % (len(layers) + 1) for layer in self.scene_layers)
+            layers[:n_used].requires_grad_(True)
 
         # a fresh encoder has no embeddings worth keeping
         if c.train_encoder and c.encoder.startswith("random:"):
@@ -446,7 +477,9 @@ class ARGaze(nn.Module):
     def from_pretrained(cls, folder):
         """Load config.json + model.safetensors from a folder or a hub id. ValueError names tensors that do not fit."""
         from transformers import AutoConfig, AutoModel
-        folder = download(str(folder), ["model.safetensors"]) if is_hub_id(folder) else Path(folder)
+        if is_hub_id(folder):
+            folder = download(str(folder), ["model.safetensors"])
+        folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
@@ -454,7 +487,8 @@ class ARGaze(nn.Module):
         def build(settings):
             encoder = AutoModel.from_config(AutoConfig.for_model(**settings["encoder_config"]))
             keys = ARGazeConfig.__dataclass_fields__.keys() & settings.keys()
-            return cls(ARGazeConfig(**{key: settings[key] for key in keys}), quicken(encoder.float()))
+            config = ARGazeConfig(**{key: settings[key] for key in keys})
+            return cls(config, quicken(encoder.float()))
 
         model = read_config(folder / "config.json", build)
         file = folder / "model.safetensors"
@@ -464,7 +498,8 @@ class ARGaze(nn.Module):
         """Write config.json + model.safetensors, the encoder included. A file appears whole or not at all."""
         encoder_config = json.loads(self.encoder.config.to_json_string(use_diff=False))
         config = {"model_type": "argaze", **asdict(self.config), "encoder_config": encoder_config}
-        save_folder(folder, {published_name(name): t for name, t in self.state_dict().items()}, config)
+        tensors = {published_name(name): tensor for name, tensor in self.state_dict().items()}
+        save_folder(folder, tensors, config)
 
     @classmethod
     def from_published(cls, path, config=None):
@@ -538,7 +573,7 @@ class ARGaze(nn.Module):
 
         if c.variant == "twocross":
             past = self.frame_tokens(state["scenes"])
-            bias = state["history"].flatten(1).unsqueeze(1).unsqueeze(1)  # (B, 1, 1, k·N)
+            bias = rearrange(state["history"], "b k h w -> b 1 1 (k h w)")
             x = queries
             for layer in self.decoder_layers:
                 x = layer(x, memory, past, bias)
@@ -555,23 +590,26 @@ class ARGaze(nn.Module):
             x = self.decoder_layers[-1](x, memory, n_last=queries.shape[1])
 
         # the 1 x 1 convolution may come before the resizing, and costs less there
-        x = x.mT.unflatten(2, (c.grid, c.grid))
+        x = rearrange(x, "b (h w) d -> b d h w", h=c.grid)
         x = self.pixel_decoder_conv2(self.pixel_decoder_conv1(x))
         x = self.pixel_final_proj(self.pixel_final_upsample(x)).float()
         return resize(x, self.map_size).squeeze(1), scene
 
     def map_tokens(self, history):
         """Past heat maps (B, k, g, g) -> tokens (B, k·N, D)."""
-        B, k = history.shape[:2]
-        maps = self.hm_to_tokens(history.flatten(0, 1).unsqueeze(1))     # (B·k, D, g, g)
-        tokens = maps.flatten(2).mT.unflatten(0, (B, k)) + self.position_code
-        tokens = tokens + self.temporal_pos_embed.weight.unsqueeze(1) + self.token_type_embed.weight[0]
-        return tokens.flatten(1, 2)
+        maps = rearrange(history, "b k h w -> (b k) 1 h w")
+        tokens = self.hm_to_tokens(maps)                                 # (B·k, D, g, g)
+        tokens = rearrange(tokens, "(b k) d h w -> b k (h w) d", k=history.shape[1])
+        return self.past_tokens(tokens, self.token_type_embed.weight[0])
 
     def frame_tokens(self, scenes):
         """Past frames' tokens (B, k, N, D) -> (B, k·N, D)."""
-        tokens = scenes + self.position_code
-        tokens = tokens + self.temporal_pos_embed.weight.unsqueeze(1) + self.token_type_embed.weight[2]
+        return self.past_tokens(scenes, self.token_type_embed.weight[2])
+
+    def past_tokens(self, tokens, kind):
+        """Add position, time and kind to tokens (B, k, N, D)."""
+        tokens = tokens + self.position_code + kind
+        tokens = tokens + self.temporal_pos_embed.weight.unsqueeze(1)
         return tokens.flatten(1, 2)
 
     # ---- memory
@@ -633,8 +671,9 @@ class ARGaze(nn.Module):
         elif points is None:
             points = expected_point(heatmaps / heatmaps.sum((2, 3), keepdim=True))
 
-        own = torch.zeros(T, c.history + 1) if own is None else torch.as_tensor(own)
-        assert own.shape == (T, c.history + 1), f"own is {tuple(own.shape)}, needed is ({T}, {c.history + 1})"
+        n_slots = c.history + 1
+        own = torch.zeros(T, n_slots) if own is None else torch.as_tensor(own)
+        assert own.shape == (T, n_slots), f"own is {tuple(own.shape)}, needed is ({T}, {n_slots})"
         return self.true_map(heatmaps), points, own.tolist()
 
     def teach(self, state, maps, points, own, t):
@@ -644,8 +683,10 @@ class ARGaze(nn.Module):
         for slot in range(max(0, k - t), k):
             if not own[slot]:
                 history[:, slot] = maps[:, t - k + slot]
-        center = state["center"] if own[k] or t == 0 else points[:, t - 1]
-        return state | {"history": history, "center": center}
+        taught = state | {"history": history}
+        if t > 0 and not own[k]:
+            taught["center"] = points[:, t - 1]
+        return taught
 
     # ---- clips and streams
 
@@ -669,7 +710,9 @@ class ARGaze(nn.Module):
         outputs = []
         for t in range(T):
             frame = to_unit(video[:, t])
-            given = state if heatmaps is None else self.teach(state, maps, points, own[t], t)
+            given = state
+            if heatmaps is not None:
+                given = self.teach(state, maps, points, own[t], t)
             logits, scene = self.look(frame, given)
             state = self.remember(state, frame, scene, logits)
             outputs.append(logits)
@@ -690,34 +733,43 @@ class ARGaze(nn.Module):
         probability = to_probability(logits, 2)
         point = expected_point(to_probability(logits, 1))
         h, w = logits.shape[-2:]
-        x = torch.linspace(0, 1, w, device=logits.device) - point[..., :1]     # (…, w)
-        y = torch.linspace(0, 1, h, device=logits.device) - point[..., 1:]     # (…, h)
-        variance = (probability.sum(-2) * x ** 2).sum(-1) + (probability.sum(-1) * y ** 2).sum(-1)
+        x = torch.linspace(0, 1, w, device=logits.device)
+        y = torch.linspace(0, 1, h, device=logits.device)
+        x_squared = (x - point[..., :1]) ** 2                                  # (…, w)
+        y_squared = (y - point[..., 1:]) ** 2                                  # (…, h)
+        variance = (probability.sum(-2) * x_squared).sum(-1)
+        variance = variance + (probability.sum(-1) * y_squared).sum(-1)
         return probability, point, variance.sqrt()
 
     def check(self, video, n_dims):
         """ValueError unless this is a video (B, T, 3, R, R), or with n_dims=4 a frame, as the model takes it."""
         R = self.config.image_size
-        if video.dim() != n_dims or tuple(video.shape[-3:]) != (3, R, R) or video.numel() == 0:
-            form = f"(B, T, 3, {R}, {R})" if n_dims == 5 else f"(B, 3, {R}, {R})"
-            raise ValueError(f"the video is {tuple(video.shape)}, this model takes {form}")
+        form = "(B, T, 3, {0}, {0})" if n_dims == 5 else "(B, 3, {0}, {0})"
+        fits = video.dim() == n_dims and video.shape[-3:] == (3, R, R)
+        if not fits or video.numel() == 0:
+            raise ValueError(f"the video is {tuple(video.shape)}, this model takes {form.format(R)}")
         if video.dtype == torch.uint8:
             return
 
-        low, high = video.min().item(), video.max().item()
-        if not video.is_floating_point() or not (low >= 0 and high <= 1):  # NaN fails too
+        low = video.min().item()
+        high = video.max().item()
+        in_range = low >= 0 and high <= 1  # not so for NaN
+        if not in_range or not video.is_floating_point():
             raise ValueError(f"the video holds {video.dtype} from {low:.4g} to {high:.4g}: give uint8, or floats in "
                              "[0, 1]; the model normalises them itself")
 
 
 def to_unit(frames):
     """uint8, or [0, 1] -> float32 in [0, 1]."""
-    return frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
+    if frames.dtype == torch.uint8:
+        return frames.float() / 255
+    return frames.float()
 
 
 def append(past, new):
     """past (B, k, …) without its oldest and with new (B, …) as its newest."""
-    return torch.cat([past, new.unsqueeze(1)], dim=1)[:, 1:]
+    both = torch.cat([past, new.unsqueeze(1)], dim=1)
+    return both[:, 1:]
 
 
 def peak_1(maps):
