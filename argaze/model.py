@@ -584,7 +584,9 @@ class ARGaze(nn.Module):
             if template is not None:
                 template = template + self.position_code + self.token_type_embed.weight[2]
                 memory = torch.cat([template, memory], dim=1)
-            x = torch.cat([self.map_tokens(state["history"]), queries], dim=1)
+            x = queries
+            if c.history:
+                x = torch.cat([self.map_tokens(state["history"]), queries], dim=1)
             for layer in self.decoder_layers[:-1]:
                 x = layer(x, memory)
             x = self.decoder_layers[-1](x, memory, n_last=queries.shape[1])
