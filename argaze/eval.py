@@ -380,7 +380,7 @@ def draw_clips(path, data, clips, method):
 
 @torch.no_grad()
 def measure_speed(model, device, n_frames, repeats=10):
-    """Milliseconds per frame of a stream, and of running the last n_frames anew for each, as the published demo does."""
+    """Milliseconds per frame of a stream, and of running the last n_frames anew for each, as published."""
     R = model.config.image_size
     video = torch.randint(0, 256, (1, n_frames, 3, R, R), dtype=torch.uint8, device=device)
     state = model.start(1)
@@ -457,7 +457,7 @@ def main():
     if model is not None:
         speed = measure_speed(model, device, cfg.n_frames)
         report["speed"] = speed
-        print(f"\none stream: {speed['ms_per_frame']:.1f} ms per frame; running the last {cfg.n_frames} frames anew for "
+        print(f"\none stream: {speed['ms_per_frame']:.1f} ms per frame; the last {cfg.n_frames} frames anew for "
               f"each: {speed['ms_per_frame_anew']:.1f} ms; streaming saves a factor of {speed['saved']:.1f}")
     write_whole(out / "eval.json", json.dumps(report, indent=1))
     print(f"{out}: eval.json, frames_*.csv, clips_*.png, worst_*.png")
