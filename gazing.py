@@ -54,7 +54,8 @@ class Grids:
             value = getattr(self, key)
 
             if setting.type is int:
-                highest = MOST_LAYERS if "layers" in key or "blocks" in key else LARGEST_SIZE
+                counts_layers = "layers" in key or "blocks" in key
+                highest = MOST_LAYERS if counts_layers else LARGEST_SIZE
                 if type(value) is not int or not 1 <= value <= highest:
                     raise ValueError(f"{key}={value!r} must be a whole number from 1 to {highest:,}")
 
@@ -62,10 +63,13 @@ class Grids:
                 if type(value) not in (int, float) or not math.isfinite(value):
                     raise ValueError(f"{key}={value!r} must be a number")
 
-        if type(self.scales) is not str or not re.fullmatch(r"[0-9]{1,6}(\+[0-9]{1,6})*", self.scales):
-            raise ValueError(f"scales={self.scales!r} must be side lengths in pixels joined by +")
-        if any(side < 1 or side % self.patch_size for side in self.scale_list):
-            raise ValueError(f"scales={self.scales!r} must be multiples of patch_size={self.patch_size}, joined by +")
+        # digits joined by +, and none of them 0 or with part of a patch
+        message = f"scales={self.scales!r} must be multiples of patch_size={self.patch_size}, joined by +"
+        if not re.fullmatch(r"[0-9]{1,6}(\+[0-9]{1,6})*", str(self.scales)) or type(self.scales) is not str:
+            raise ValueError(message)
+        for side in self.scale_list:
+            if side == 0 or side % self.patch_size:
+                raise ValueError(message)
 
 
 def check_gazing(gazing, n_clips, n_frames):
@@ -112,39 +116,50 @@ def locate(gazing, config, source_size=None, crop=None, grids=None):
             raise ValueError("locate: with grids, say how large a tile is: crop=tiling.crop(source_size)")
         crop = centre_square(source_size)
     if crop is None:
-        crop = 0, 0, config.scale_list[-1]
-    top, left, height = (float(value) for value in crop[:3])
-    width = float(crop[3]) if len(crop) == 4 else height
+        crop = (0, 0, config.scale_list[-1])
+    top = float(crop[0])
+    left = float(crop[1])
+    height = float(crop[2])
+    width = float(crop[-1])
 
     # tables with a row per scale: the grid of a whole frame, and how many patches lie along a side of `crop`
-    per_side = torch.tensor([side // config.patch_size for side in config.scale_list], device=device)
+    per_side = torch.tensor(config.scale_list, device=device) // config.patch_size
     if grids is None:
-        grids = per_side.unsqueeze(1).expand(-1, 2)
-    n_rows, n_columns = torch.as_tensor(grids, device=device).unbind(1)
-    last_id = (n_rows * n_columns).cumsum(0)
-    first_id = last_id - n_rows * n_columns
+        grids = torch.stack([per_side, per_side], dim=1)
+    grids = torch.as_tensor(grids, device=device)
+    n_rows = grids[:, 0]
+    n_columns = grids[:, 1]
+    n_ids = n_rows * n_columns
+    end_id = n_ids.cumsum(0)
+    first_id = end_id - n_ids
 
     # a slot's id within its frame names scale, row and column
     frame = frame_of_slot(gazing).expand_as(position)
-    patch_id = (position - last_id[-1] * frame).masked_fill(padded, 0)
-    scale = torch.bucketize(patch_id, last_id, right=True)
-    row = (patch_id - first_id[scale]) // n_columns[scale]
-    column = (patch_id - first_id[scale]) % n_columns[scale]
+    patch_id = position - end_id[-1] * frame
+    patch_id = patch_id.masked_fill(padded, 0)
+    scale = torch.bucketize(patch_id, end_id, right=True)
+    id_in_scale = patch_id - first_id[scale]
+    row = id_in_scale // n_columns[scale]
+    column = id_in_scale % n_columns[scale]
 
     # corners in pixels
     patch_height = height / per_side[scale]
     patch_width = width / per_side[scale]
     y0 = top + row * patch_height
     x0 = left + column * patch_width
-    box = torch.stack([y0, x0, y0 + patch_height, x0 + patch_width], dim=-1)
+    y1 = y0 + patch_height
+    x1 = x0 + patch_width
+    box = torch.stack([y0, x0, y1, x1], dim=-1)
     if source_size is not None:
         limit = torch.tensor([*source_size, *source_size], dtype=box.dtype, device=device)
         box = torch.minimum(box, limit)
 
-    place = {"frame": frame, "scale": scale, "row": row, "column": column}
-    place = {name: values.masked_fill(padded, -1) for name, values in place.items()}
-    box = box.masked_fill(padded.unsqueeze(-1), math.nan)
-    return place | {"box": box, "padded": padded}
+    return {"frame": frame.masked_fill(padded, -1),
+            "scale": scale.masked_fill(padded, -1),
+            "row": row.masked_fill(padded, -1),
+            "column": column.masked_fill(padded, -1),
+            "box": box.masked_fill(padded.unsqueeze(-1), math.nan),
+            "padded": padded}
 
 
 def centre_square(source_size):
@@ -163,14 +178,20 @@ def grid(gazing_mask, size, grids=None):
     height, width = size
     union = None
     for s, mask in enumerate(gazing_mask):
-        side = math.isqrt(mask.shape[-1])
-        n_rows, n_columns = (side, side) if grids is None else grids[s]
-        patches = mask.unflatten(-1, (n_rows, n_columns)).bool()
+        if grids is None:
+            n_rows = n_columns = math.isqrt(mask.shape[-1])
+        else:
+            n_rows, n_columns = grids[s]
+        patches = mask.bool().unflatten(-1, (n_rows, n_columns))
 
-        # the patch that covers the centre of each cell
-        y = (2 * torch.arange(height, device=mask.device) + 1) * n_rows // (2 * height)
-        x = (2 * torch.arange(width, device=mask.device) + 1) * n_columns // (2 * width)
-        cells = patches[:, :, y][:, :, :, x]
+        # row and column of the patch that covers the centre of each cell
+        twice_centre = 2 * torch.arange(height, device=mask.device) + 1
+        row = twice_centre * n_rows // (2 * height)
+        twice_centre = 2 * torch.arange(width, device=mask.device) + 1
+        column = twice_centre * n_columns // (2 * width)
+
+        cells = patches[:, :, row]
+        cells = cells[:, :, :, column]
         union = cells if union is None else union | cells
     return union
 
@@ -185,19 +206,37 @@ def to_masks(gazing, ids_per_scale):
     column = torch.where(gazing["if_padded_gazing"], T * V, position)
     flat = torch.zeros(len(position), T * V + 1, device=position.device)
     flat.scatter_(1, column, 1.0)
-    return list(flat[:, :-1].view(-1, T, V).split(ids_per_scale, dim=2))
+    by_frame = flat[:, :-1].unflatten(1, (T, V))
+    return list(by_frame.split(ids_per_scale, dim=2))
 
 
 def last_slots(gazing):
     """(B, T) index of each frame's last real slot (its first slot where a frame has none)."""
     padded = gazing["if_padded_gazing"]
     counts = gazing["num_gazing_each_frame"].to(padded.device)
-    first = (counts.cumsum(0) - counts).expand(len(padded), -1)
+    first = counts.cumsum(0) - counts
+    first = first.expand(len(padded), -1)
 
     # published decoding may leave padding before a real slot, so look for the highest index of all real ones
     frame = frame_of_slot(gazing).expand_as(padded)
-    slot = torch.arange(padded.shape[1], device=padded.device).expand_as(padded)
-    return first.scatter_reduce(1, frame, torch.where(padded, 0, slot), "amax")
+    slot = torch.arange(padded.shape[1], device=padded.device)
+    real_slot = torch.where(padded, 0, slot)
+    return first.scatter_reduce(1, frame, real_slot, "amax")
+
+
+def already_gazed(ids, counts, V):
+    """(B, N, V + 1) True where an id was taken earlier in the same frame, and for the padding id V everywhere."""
+    taken = []
+    for frame_ids in ids.split(counts, dim=1):
+        one_hot = F.one_hot(frame_ids, V + 1)
+        n_before = one_hot.cumsum(1) - one_hot
+        taken.append(n_before > 0)
+    taken = torch.cat(taken, dim=1)
+    taken[..., V] = True
+
+    # a padded slot "takes" V, whose logit must stay finite to be gathered: its log-probability is set to 0 afterwards
+    is_padded = (ids == V).unsqueeze(-1)
+    return taken & ~is_padded
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,13 +301,15 @@ def one_clip(gazing, row):
     return to_device(rows(tensors, row), "cpu")
 
 
-def join_clips(batches, num_ids):
+def join_clips(gazings, num_ids):
     """Gazings of several batches of clips with as many frames -> one gazing of all their clips. A frame gets as many
     slots as its longest clip takes."""
+    split = [split_frames(gazing) for gazing in gazings]
     joined = []
-    for t, parts in enumerate(zip(*(split_frames(batch) for batch in batches), strict=True)):
+    for t, parts in enumerate(zip(*split, strict=True)):
         n_slots = max(ids.shape[1] for ids, _ in parts)
-        positions, padded = [], []
+        positions = []
+        padded = []
         for ids, is_padded in parts:
             missing = n_slots - ids.shape[1]
             positions.append(F.pad(ids, (0, missing), value=num_ids * (t + 1)))
@@ -323,6 +364,13 @@ def pack_front(keep):
     return permutation, torch.argsort(permutation, dim=1)
 
 
+def batches(clips, size):
+    """Yield clips, a tensor (B, …) or a list of B tensors, `size` at a time."""
+    for start in range(0, len(clips), size):
+        part = clips[start:start + size]
+        yield part if isinstance(part, torch.Tensor) else torch.stack(part)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # budgets
 
@@ -360,8 +408,10 @@ def split_ratio(kind, ratio, n_frames, alpha, generator):
     # A Dirichlet draw is normalised Gamma draws. They are numpy's, with a seed: torch's take no generator.
     if kind == "dirichlet":
         seed = int(torch.randint(2 ** 31, (), generator=generator))
-        share = torch.from_numpy(np.random.default_rng(seed).gamma(share.numpy()))
-    return (share / share.sum() * ratio * n_frames).clamp(0, 1)
+        draws = np.random.default_rng(seed).gamma(share.numpy())
+        share = torch.from_numpy(draws)
+    share = share / share.sum()
+    return (share * ratio * n_frames).clamp(0, 1)
 
 
 def to_budgets(ratios, n_ids):
@@ -376,6 +426,38 @@ def random_gazing(budgets, n_clips, n_ids, generator=None):
         scores = torch.rand(n_clips, n_ids, generator=generator)
         frames.append(scores.argsort(dim=1)[:, :n_t])
     return from_lists(frames, n_ids, "cpu")
+
+
+def per_row(value, n_rows, name):
+    """float | list of T | (rows, T) -> (rows,), the same for all frames, or (rows, T). ValueError names what is odd."""
+    value = torch.as_tensor(value, dtype=torch.float64).cpu()
+    if value.numel() == 0 or value.isnan().any():
+        raise ValueError(f"{name}={value.tolist()} is not a number for every frame")
+    if value.dim() == 0:
+        return value.expand(n_rows)
+    if value.dim() > 2:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number, (T,) or (clips, T)")
+    if value.dim() == 2 and len(value) not in (1, n_rows):
+        raise ValueError(f"{name} has {len(value)} rows for {n_rows} clips")
+    return value.expand(n_rows, -1)
+
+
+def every_frame(value, T, name):
+    """What per_row returns -> (rows, T)."""
+    if value.dim() == 1:
+        return value.unsqueeze(1).expand(-1, T)
+    if value.shape[1] != T:
+        raise ValueError(f"{name} has values for {value.shape[1]} frames, the video has {T}")
+    return value
+
+
+def at_frame(value, t, name):
+    """(B,) of frame t: what per_row returns is the same for all frames, or has a column for each."""
+    if value.dim() == 1:
+        return value
+    if t >= value.shape[1]:
+        raise ValueError(f"{name} has values for {value.shape[1]} frames, frame {t} was asked")
+    return value[:, t]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,7 +511,8 @@ class Tiling:
 
         fits = len(sides) == len(self.sides)
         for (n_rows, n_columns), side in zip(self.grids, self.sides, strict=False):
-            fits = fits and 1 <= n_rows <= self.rows * side and 1 <= n_columns <= self.columns * side
+            fits = fits and 1 <= n_rows <= self.rows * side
+            fits = fits and 1 <= n_columns <= self.columns * side
         if not fits:
             raise ValueError(f"target_scales={target_scales}, target_patch_size={patch} do not fit "
                              f"scales={config.scales}: as many, in about the same proportions, at least {patch} "
@@ -467,14 +550,16 @@ class Tiling:
         whole = []
         for mask, side, (n_rows, n_columns) in zip(masks, self.sides, self.grids, strict=True):
             joined = rearrange(mask, "(b i j) t (h w) -> b t (i h) (j w)", i=self.rows, j=self.columns, h=side)
-            whole.append(joined[:, :, :n_rows, :n_columns].flatten(2))
+            cropped = joined[:, :, :n_rows, :n_columns]
+            whole.append(cropped.flatten(2))
         gazed = torch.cat(whole, dim=2).bool()  # (B, T, V)
 
         frames = []
         for t, frame in enumerate(gazed.unbind(1)):
             count = frame.sum(1, keepdim=True)
             n_t = int(count.max())
-            ids = pack_front(frame)[0][:, :n_t]
+            ids, _ = pack_front(frame)
+            ids = ids[:, :n_t]
             padded = torch.arange(n_t, device=ids.device) >= count
             frames.append((ids + gazed.shape[2] * t, padded))
         return join_frames(frames) | {"gazing_mask": whole}

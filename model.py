@@ -25,13 +25,18 @@ import torch.nn.functional as F
 from gazing import (
     Grids,
     Tiling,
+    already_gazed,
+    at_frame,
+    batches,
     cut_chunks,
     drop_empty_slots,
+    every_frame,
     frame_of_slot,
     join_chunks,
     join_clips,
     join_frames,
     pack_front,
+    per_row,
     rows,
     split_frames,
     to_masks,
@@ -130,8 +135,11 @@ class Encoder(nn.Module):
     def forward(self, video, past=None):
         """video (B, T, 3, R, R) -> tokens (B, T, P, D), and the past that the next frames need."""
         conv = self.temporal_conv
-        x = conv3d(video.transpose(1, 2), conv.weight, conv.bias, stride=conv.stride)  # (B, D, T, h, w)
-        x = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        x = video.transpose(1, 2)
+        x = conv3d(x, conv.weight, conv.bias, stride=conv.stride)  # (B, D, T, h, w)
+        x = x.movedim(1, -1)
+        x = self.norm(x)
+        x = x.movedim(-1, 1)
 
         # before the first frame there are two frames of zeros
         if past is None:
@@ -143,8 +151,10 @@ class Encoder(nn.Module):
             x, last_frames = block(x, frames_before)
             new_past.append(last_frames)
 
-        x = x.flatten(3).permute(0, 2, 3, 1)  # (B, T, P, D)
-        return linear(x, self.out_proj.weight.flatten(1), self.out_proj.bias), new_past
+        x = x.flatten(3)
+        x = x.permute(0, 2, 3, 1)  # (B, T, P, D)
+        x = linear(x, self.out_proj.weight.flatten(1), self.out_proj.bias)
+        return x, new_past
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,12 +164,15 @@ class Encoder(nn.Module):
 def rope_frequencies(c):
     """Rotation per position of each half-dimension (d / 2), with the llama3 stretching of long wavelengths."""
     d = c.hidden_size // c.num_heads
-    freq = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    exponent = torch.arange(0, d, 2, dtype=torch.float32) / d
+    freq = 1.0 / c.rope_theta ** exponent
 
     # 1: a short wavelength, kept; 0: a long one, slowed down by the factor
     wavelength = 2 * math.pi / freq
-    low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
-    kept = (c.rope_original_length / wavelength - low) / (high - low)
+    low = c.rope_low_freq_factor
+    high = c.rope_high_freq_factor
+    n_turns = c.rope_original_length / wavelength
+    kept = (n_turns - low) / (high - low)
     kept = kept.clamp(0, 1)
     return kept * freq + (1 - kept) * freq / c.rope_factor
 
@@ -217,10 +230,13 @@ class Layer(nn.Module):
         n_heads = self.num_heads
 
         # queries, keys and values; the first two are rotated together
-        y = linear(self.input_layernorm(x), qkv)
-        y = y.unflatten(2, (3 * n_heads, -1)).transpose(1, 2)  # (B, 3·H, L, d)
+        y = self.input_layernorm(x)
+        y = linear(y, qkv)
+        y = y.unflatten(2, (3 * n_heads, -1))
+        y = y.transpose(1, 2)  # (B, 3·H, L, d)
         qk, v = y.split([2 * n_heads, n_heads], dim=1)
-        qk = rotate(qk, cos, sin).to(v.dtype)  # autocast halves v
+        qk = rotate(qk, cos, sin)
+        qk = qk.to(v.dtype)  # autocast halves v
         q, k = qk.chunk(2, dim=1)
         mask = None
         if cache is not None:
@@ -235,12 +251,15 @@ class Layer(nn.Module):
             y = causal_attention(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + linear(y.transpose(1, 2).flatten(2), out)
+        y = y.transpose(1, 2).flatten(2)
+        x = x + linear(y, out)
 
         # SwiGLU
-        y = linear(self.post_attention_layernorm(x), gate_up)
+        y = self.post_attention_layernorm(x)
+        y = linear(y, gate_up)
         gate, up = y.chunk(2, dim=-1)
-        return x + linear(F.silu(gate) * up, down)
+        y = F.silu(gate) * up
+        return x + linear(y, down)
 
 
 def query_mask(query_index, n_tokens, n_keys, mask):
@@ -293,12 +312,14 @@ class Gaze(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        n_heads, n_tokens = config.num_multi_token_pred, config.ids_per_scale[-1]
+        P = config.ids_per_scale[-1]
+        K = config.num_multi_token_pred
+        D = config.hidden_size
         self.encoder = Encoder(config)
-        self.pos_embed = nn.Parameter(torch.zeros(n_tokens, config.hidden_size))
+        self.pos_embed = nn.Parameter(torch.zeros(P, D))
         self.decoder = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, n_heads * (config.num_ids + 1), bias=False)
-        self.task_loss_prediction_head = nn.Linear(config.hidden_size, n_heads, bias=False)
+        self.lm_head = Linear(D, K * (config.num_ids + 1), bias=False)
+        self.task_loss_prediction_head = nn.Linear(D, K, bias=False)
 
         # the encoder's convolutions keep torch's own initialisation
         for name, parameter in self.named_parameters():
@@ -347,28 +368,38 @@ class Gaze(nn.Module):
         is logits / temperature with the padding id and the ids already gazed in this frame excluded.
         """
         video = self.check(video)
-        V, K = self.config.num_ids, self.config.num_multi_token_pred
-        position, padded = gazing["gazing_pos"], gazing["if_padded_gazing"]
+        V = self.config.num_ids
+        K = self.config.num_multi_token_pred
+        position = gazing["gazing_pos"]
+        padded = gazing["if_padded_gazing"]
         counts = gazing["num_gazing_each_frame"].tolist()
         B, T = video.shape[:2]
         n_rows, N = position.shape
-        assert len(counts) == T and sum(counts) == N and padded.shape == position.shape and n_rows % B == 0
+        assert padded.shape == position.shape
+        assert len(counts) == T
+        assert sum(counts) == N
+        assert n_rows % B == 0
 
         # embed: vision tokens once per clip, then the slots' ids within their frames
         vision, _ = self.embed(video)
         vision = vision.repeat(n_rows // B, 1, 1, 1)
-        ids = torch.where(padded, V, position - V * frame_of_slot(gazing))
+        ids = position - V * frame_of_slot(gazing)
+        ids = ids.masked_fill(padded, V)
         slots = self.decoder.embed_tokens(ids)
 
         # one sequence: for each frame its vision tokens, then its slots
-        tokens, is_real = [], []
-        slots_by_frame = zip(slots.split(counts, dim=1), padded.split(counts, dim=1), strict=True)
-        for t, (frame_slots, frame_padded) in enumerate(slots_by_frame):
-            tokens += [vision[:, t], frame_slots]
-            is_real += [frame_padded.new_ones(n_rows, vision.shape[2]), ~frame_padded]
+        P = vision.shape[2]
+        slots = slots.split(counts, dim=1)
+        is_slot_real = (~padded).split(counts, dim=1)
+        is_vision_real = padded.new_ones(n_rows, P)
+        tokens = []
+        is_real = []
+        for t in range(T):
+            tokens += [vision[:, t], slots[t]]
+            is_real += [is_vision_real, is_slot_real[t]]
         tokens = torch.cat(tokens, dim=1)
         is_real = torch.cat(is_real, dim=1)
-        query_index, head_of_slot = where_slots_are_predicted(counts, vision.shape[2], K)
+        query_index, head_of_slot = where_slots_are_predicted(counts, P, K)
         query_index = query_index.to(tokens.device).expand(n_rows, -1)
         head_of_slot = head_of_slot.to(tokens.device)
 
@@ -379,15 +410,19 @@ class Gaze(nn.Module):
             query_index = new_index.gather(1, query_index)
 
         # run, and read the heads of the tokens that predict
-        h = self.decoder.norm(self.decoder(tokens, query_index=query_index))  # (rows, Q, D)
-        logits = self.lm_head(h).unflatten(2, (K, V + 1)).flatten(1, 2)
+        h = self.decoder(tokens, query_index=query_index)
+        h = self.decoder.norm(h)  # (rows, Q, D)
+        logits = self.lm_head(h)
+        logits = logits.unflatten(2, (K, V + 1)).flatten(1, 2)  # (rows, Q·K, V + 1)
         logits = logits[:, head_of_slot].float()  # (rows, N, V + 1)
         if policy == "sampling":
             logits = logits / temperature
-            logits = logits.masked_fill(already_gazed(ids, counts, V), float("-inf"))
+            taken = already_gazed(ids, counts, V)
+            logits = logits.masked_fill(taken, -math.inf)
         else:
             assert policy == "reference", policy
-        log_prob = logits.log_softmax(-1).gather(2, ids.unsqueeze(-1)).squeeze(-1)
+        log_prob = logits.log_softmax(-1)
+        log_prob = log_prob.gather(2, ids.unsqueeze(-1)).squeeze(-1)
 
         # the loss after slot j is the one predicted before slot j + 1: the next head, or the next token's first one
         predicted_loss = self.task_loss_prediction_head(h).flatten(1)
@@ -450,11 +485,15 @@ class Gaze(nn.Module):
             batch_size = PIECES_AT_ONCE if in_tiles or n_chunks > 1 else len(ratio)
 
         # the encoder runs once per clip, however many copies there are; then the decoder
-        vision = torch.cat([self.embed(part)[0] for part in batches(clips, batch_size)])  # (clips, T, P, D)
+        vision = []
+        for part in batches(clips, batch_size):
+            vision.append(self.embed(part)[0])
+        vision = torch.cat(vision)  # (clips, T, P, D)
         parts = []
         for index in torch.arange(len(ratio)).split(batch_size):
             stream = stream_class(self, ratio[index], requirement[index], temperature, generator)
-            parts.append(stream.run(vision[index % len(vision)]))
+            gazing = stream.run(vision[index % len(vision)])
+            parts.append(gazing)
         gazing = join_clips(parts, self.config.num_ids)
 
         # put chunks and tiles together
@@ -493,7 +532,7 @@ class Gaze(nn.Module):
         ratio = per_row(gazing_ratio, n_rows, "gazing_ratio")
         requirement = per_row(task_loss_requirement, n_rows, "task_loss_requirement")
 
-        if not ((ratio >= 0) & (ratio <= 1)).all() or ratio.max() == 0:
+        if ratio.min() < 0 or ratio.max() > 1 or ratio.max() == 0:
             raise ValueError(f"gazing_ratio must lie in (0, 1], got {gazing_ratio}")
         if temperature < 0:
             raise ValueError(f"temperature must be 0 (take the best) or above, got {temperature}")
@@ -524,51 +563,6 @@ def where_slots_are_predicted(counts, n_vision, K):
     first_slot = counts.cumsum(0) - counts
     j = torch.arange(len(frame)) - first_slot[frame]
     return query_index, first_query[frame] * K + j
-
-
-def already_gazed(ids, counts, V):
-    """(B, N, V + 1) True where an id was taken earlier in the same frame, and for the padding id V everywhere."""
-    taken = []
-    for frame_ids in ids.split(counts, dim=1):
-        one_hot = F.one_hot(frame_ids, V + 1)
-        n_before = one_hot.cumsum(1) - one_hot
-        taken.append(n_before > 0)
-    taken = torch.cat(taken, dim=1)
-    taken[..., V] = True
-
-    # a padded slot "takes" V, whose logit must stay finite to be gathered: its log-probability is set to 0 afterwards
-    is_padded = (ids == V).unsqueeze(-1)
-    return taken & ~is_padded
-
-
-def per_row(value, n_rows, name):
-    """float | list of T | (rows, T) -> (rows,), the same for all frames, or (rows, T). ValueError names what is odd."""
-    value = torch.as_tensor(value, dtype=torch.float64).cpu()
-    if value.isnan().any() or value.numel() == 0:
-        raise ValueError(f"{name}={value.tolist()} is not a number for every frame")
-    if value.dim() > 2:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one number, (T,) or (clips, T)")
-    if value.dim() == 2 and len(value) not in (1, n_rows):
-        raise ValueError(f"{name} has {len(value)} rows for {n_rows} clips")
-    if value.dim() == 0:
-        return value.expand(n_rows)
-    return value.expand(n_rows, -1)
-
-
-def every_frame(value, T, name):
-    """What per_row returns -> (rows, T)."""
-    if value.dim() == 1:
-        return value.unsqueeze(1).expand(-1, T)
-    if value.shape[1] != T:
-        raise ValueError(f"{name} has values for {value.shape[1]} frames, the video has {T}")
-    return value
-
-
-def batches(clips, size):
-    """Yield clips, a tensor (B, …) or a list of B tensors, `size` at a time."""
-    for start in range(0, len(clips), size):
-        part = clips[start:start + size]
-        yield part if isinstance(part, torch.Tensor) else torch.stack(part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -610,21 +604,26 @@ class KVCache:
             self.index = self.index[:1]
         else:
             # a token sees those up to itself; what lies behind a clip's last real token is overwritten later
-            visible = torch.arange(self.end, device=self.lengths.device) <= self.index.unsqueeze(-1)
-            self.mask = torch.zeros(visible.shape, dtype=self.tensor.dtype, device=self.lengths.device)
-            self.mask = self.mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+            keys = torch.arange(self.end, device=self.lengths.device)
+            visible = keys <= self.index.unsqueeze(-1)
+            mask = self.tensor.new_zeros(visible.shape)
+            mask.masked_fill_(~visible, -math.inf)
+            self.mask = mask.unsqueeze(1)
         return self.index
 
     def append(self, layer, k, v):
         """New keys and values (B, H, n_new, d) of a layer -> all of its keys and values, and the mask (B, 1, n_new, L)
         to add to scores, None where plain causal attention will do."""
-        for cached, new in zip(self.tensor[:, layer], (k, v), strict=True):
-            if self.same_length:
-                cached[:, :, self.longest:self.end] = new
-            else:
-                index = self.index[:, None, :, None].expand_as(new)
-                cached.scatter_(2, index, new.to(cached.dtype))
-        keys, values = self.tensor[:, layer, :, :, :self.end].to(v.dtype)
+        keys, values = self.tensor[:, layer]  # (B, H, room, d)
+        if self.same_length:
+            keys[:, :, self.longest:self.end] = k
+            values[:, :, self.longest:self.end] = v
+        else:
+            index = self.index[:, None, :, None].expand_as(k)
+            keys.scatter_(2, index, k.to(keys.dtype))
+            values.scatter_(2, index, v.to(values.dtype))
+        keys = keys[:, :, :self.end].to(k.dtype)
+        values = values[:, :, :self.end].to(v.dtype)
         return keys, values, self.mask
 
     def finish(self, keep):
@@ -644,6 +643,7 @@ class GazeStream:
 
     def __init__(self, model, ratio, requirement, temperature, generator):
         self.model = model
+        self.config = model.config
         self.ratio = ratio              # (B,) for all frames, or (B, T)
         self.requirement = requirement  # the same; -inf: none
         self.temperature = temperature
@@ -666,7 +666,7 @@ class GazeStream:
                 self.weights.append([pack(weight.to(dtype)) for weight in layer.joined_weights()])
             heads = [model.lm_head.weight, model.task_loss_prediction_head.weight]
             self.heads = torch.cat(heads).to(dtype)
-        self.cache = KVCache(model.config, self.batch_size, dtype, self.device)
+        self.cache = KVCache(self.config, self.batch_size, dtype, self.device)
 
     @staticmethod
     def needs_single_clips(ratio, requirement):
@@ -680,17 +680,19 @@ class GazeStream:
             raise ValueError(f"frame has shape {tuple(frame.shape)}, expected (B, 3, height, width)")
         if len(frame) != self.batch_size:
             raise ValueError(f"this stream has batch_size={self.batch_size}, the frame is of {len(frame)} clips")
-        frame = self.model.check(frame.unsqueeze(1))
+        video = self.model.check(frame.unsqueeze(1))
 
-        vision, self.past = self.model.embed(frame, self.past)
-        gazing = join_frames([self.gaze_frame(vision[:, 0])])
-        return gazing | {"gazing_mask": to_masks(gazing, self.model.config.ids_per_scale)}
+        vision, self.past = self.model.embed(video, self.past)
+        ids, padded = self.gaze_frame(vision[:, 0])
+        gazing = join_frames([(ids, padded)])
+        gazing["gazing_mask"] = to_masks(gazing, self.config.ids_per_scale)
+        return gazing
 
     @torch.no_grad()
     def run(self, vision):
         """All frames at once: vision (B, T, P, D) -> gazing."""
         T, P = vision.shape[1:3]
-        n_tokens = T * P + self.model.config.num_multi_token_pred
+        n_tokens = T * P + self.config.num_multi_token_pred
         for t in range(T):
             n_tokens += int(self.budget(t).max())
         self.cache.reserve(n_tokens)
@@ -698,24 +700,28 @@ class GazeStream:
         frames = []
         for t in range(T):
             ids, padded = self.gaze_frame(vision[:, t])
-            frames.append((ids + self.model.config.num_ids * t, padded))
+            ids = ids + self.config.num_ids * t
+            frames.append((ids, padded))
         return join_frames(frames)
 
     def budget(self, t):
         """(B,) most patches of frame t, at least one."""
         # 1e-4: a ratio written as n / V must give n, whatever the rounding
-        n_patches = at_frame(self.ratio, t, "gazing_ratio") * self.model.config.num_ids + 1e-4
-        return n_patches.floor().long().clamp(min=1)
+        ratio = at_frame(self.ratio, t, "gazing_ratio")
+        n_patches = ratio * self.config.num_ids + 1e-4
+        return n_patches.long().clamp(min=1)
 
     def gaze_frame(self, vision):
         """vision (B, P, D) -> ids within the frame (B, n_t) and padding (B, n_t)."""
-        V, K, B = self.model.config.num_ids, self.model.config.num_multi_token_pred, self.batch_size
+        V = self.config.num_ids
+        K = self.config.num_multi_token_pred
+        B = self.batch_size
 
         # If no clip can stop early, skip the test: reading it would synchronise the GPU after every block.
         budget = self.budget(self.frame)
         requirement = at_frame(self.requirement, self.frame, "task_loss_requirement")
         n_slots = int(budget.max())
-        may_stop = int(budget.min()) < n_slots or bool((requirement > -math.inf).any())
+        may_stop = bool(budget.min() < n_slots or requirement.max() > -math.inf)
         budget = budget.to(self.device)
         requirement = requirement.to(self.device)
 
@@ -723,20 +729,27 @@ class GazeStream:
         banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
         banned[:, V] = True
         stopped = torch.zeros(B, dtype=torch.bool, device=self.device)
-        ids, padded = [], []
+        all_ids = []
+        all_padded = []
         h = self.feed_frame(vision)
         while True:
             # one token names the next K slots: logits (B, K, V + 1) and the loss predicted before each slot (B, K)
             logits, predicted_loss = self.read_heads(h)
-            for i in range(min(K, n_slots - len(ids))):
-                patch = self.choose(logits[:, i].masked_fill(banned, float("-inf")))
-                banned.scatter_(1, patch.unsqueeze(1), True)
+            logits = logits.masked_fill(banned.unsqueeze(1), -math.inf)
+            first_slot = K * len(all_ids)
+            ids = []
+            padded = []
+            for i in range(min(K, n_slots - first_slot)):
+                # no later slot of the block takes the same patch
+                patch = self.choose(logits[:, i])
+                index = patch.view(B, 1, 1).expand(B, K, 1)
+                logits.scatter_(2, index, -math.inf)
 
                 # a frame is finished by its budget, or by its predicted loss, never before its first slot
                 is_padded = stopped
                 if may_stop:
-                    finished = budget <= len(ids)
-                    if len(ids) > 0:
+                    finished = budget <= first_slot + i
+                    if first_slot + i > 0:
                         finished = finished | (predicted_loss[:, i] <= requirement)
                     is_padded = self.pad(stopped, finished)
                     stopped = stopped | finished
@@ -744,24 +757,35 @@ class GazeStream:
                 ids.append(patch)
                 padded.append(is_padded)
 
+            ids = torch.stack(ids, dim=1)
+            padded = torch.stack(padded, dim=1)
+            banned.scatter_(1, ids, True)
+            all_ids.append(ids)
+            all_padded.append(padded)
+
             # feed the block, unless it is the frame's last: that one enters with the next frame's vision tokens
-            n_new = (len(ids) - 1) % K + 1
-            block = self.model.decoder.embed_tokens(torch.stack(ids[-n_new:], dim=1))
-            keep = ~torch.stack(padded[-n_new:], dim=1) if may_stop else None
-            if len(ids) == n_slots or (may_stop and bool(stopped.all())):
+            block = self.model.decoder.embed_tokens(ids)
+            keep = ~padded if may_stop else None
+            if K * len(all_ids) >= n_slots:
+                break
+            if may_stop and bool(stopped.all()):
                 break
             h = self.feed_block(block, keep)
 
         self.last_block = block, keep
         self.frame += 1
-        ids = torch.stack(ids, dim=1)
-        padded = torch.stack(padded, dim=1)
-        return self.trim(ids, padded) if may_stop else (ids, padded)
+        ids = torch.cat(all_ids, dim=1)
+        padded = torch.cat(all_padded, dim=1)
+        if may_stop:
+            ids, padded = self.trim(ids, padded)
+        return ids, padded
 
     def read_heads(self, h):
         """h (B, D) -> logits (B, K, V + 1) and predicted losses (B, K)."""
-        V, K = self.model.config.num_ids, self.model.config.num_multi_token_pred
-        y = linear(self.model.decoder.norm(h), self.heads).float()
+        V = self.config.num_ids
+        K = self.config.num_multi_token_pred
+        h = self.model.decoder.norm(h)
+        y = linear(h, self.heads).float()
         logits, predicted_loss = y.split([K * (V + 1), K], dim=1)
         return logits.unflatten(1, (K, V + 1)), predicted_loss
 
@@ -769,8 +793,10 @@ class GazeStream:
         """(B, V + 1) -> patch ids (B,)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        probabilities = (logits / self.temperature).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+        logits = logits / self.temperature
+        probabilities = logits.softmax(-1)
+        patch = torch.multinomial(probabilities, 1, generator=self.generator)
+        return patch.squeeze(1)
 
     def pad(self, stopped, finished):
         """Which clips get a padded slot: those that stopped before, and those whose frame is finished at this slot."""
@@ -778,7 +804,8 @@ class GazeStream:
 
     def trim(self, ids, padded):
         """The frame's slots up to the last one that any clip takes."""
-        n_t = int((~padded).sum(1).max())
+        n_real = (~padded).sum(1)
+        n_t = int(n_real.max())
         return ids[:, :n_t], padded[:, :n_t]
 
     def feed_frame(self, vision):
@@ -813,15 +840,6 @@ class GazeStream:
         return h[:, 0]
 
 
-def at_frame(value, t, name):
-    """(B,) of frame t: what per_row returns is the same for all frames, or has a column for each."""
-    if value.dim() == 1:
-        return value
-    if t >= value.shape[1]:
-        raise ValueError(f"{name} has values for {value.shape[1]} frames, frame {t} was asked")
-    return value[:, t]
-
-
 class ReferenceStream(GazeStream):
     """Decoding as the published code does it, which shaped the released weights. Where it differs:
 
@@ -837,8 +855,8 @@ class ReferenceStream(GazeStream):
 
     def feed_frame(self, vision):
         h = super().feed_frame(vision)
-        K = self.model.config.num_multi_token_pred
-        self.stale_positions = self.cache.lengths.unsqueeze(1) + torch.arange(-K, 0, device=self.device)
+        offsets = torch.arange(-self.config.num_multi_token_pred, 0, device=self.device)
+        self.stale_positions = self.cache.lengths.unsqueeze(1) + offsets
         return h
 
     def feed_block(self, block, keep):
@@ -853,5 +871,5 @@ class ReferenceStream(GazeStream):
     def choose(self, logits):
         if self.temperature > 0 and logits.shape[-1] > 50:
             lowest = logits.topk(50).values[:, -1:]
-            logits = logits.masked_fill(logits < lowest, float("-inf"))
+            logits = logits.masked_fill(logits < lowest, -math.inf)
         return super().choose(logits)
