@@ -432,9 +432,9 @@ def wrong(video):
     with_nan = video.clone()
     with_nan[1, 2, 0, 5, 5] = math.nan
     return {
-        "shape .4, 3, 32, 32., expected 5 dimensions": video[0],
+        "shape .4, 3, 32, 32., expected .B, T, 3, H, W.": video[0],
         "looks like .B, 3, T, H, W.": video.transpose(1, 2),
-        "expected 3 channels": video[:, :, [0, 1, 2, 0]],
+        "3 channels are red, green and blue": video[:, :, [0, 1, 2, 0]],
         "nothing in it": video[:, :0],
         "uint8": video.byte(),
         "values of .* to 255": (video - video.min()) * 255 / (video.max() - video.min()),
