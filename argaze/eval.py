@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -44,6 +43,7 @@ from lib.loader import make_loader, shard
 THRESHOLDS = torch.linspace(0, 0.02, 11, dtype=torch.float64)
 LABEL_THRESHOLD = 0.001  # cells of the true map above it are to be found
 EPSILON = 1e-6
+BLUR = 3.2               # cells, of the Gaussian that AUC is computed with
 
 COLUMNS = ("f1", "recall", "precision", "threshold", "l2", "l2_mean", "auc", "angle")  # of the table
 
@@ -109,12 +109,12 @@ def most_likely(maps):
 def center_of_mass(maps):
     """(N, h, w) -> (N, 2): x, y in cells, counted from 0."""
     h, w = maps.shape[1:]
-    columns = torch.arange(w, device=maps.device)
-    rows = torch.arange(h, device=maps.device)
-    x = (maps.sum(1) * columns).sum(1)
-    y = (maps.sum(2) * rows).sum(1)
+    columns = torch.arange(w, device=maps.device).float()
+    rows = torch.arange(h, device=maps.device).float()
+    x = maps.sum(1) @ columns
+    y = maps.sum(2) @ rows
     total = maps.sum((1, 2))
-    return torch.stack([x, y], dim=1) / total.unsqueeze(1)
+    return torch.stack([x / total, y / total], dim=1)
 
 
 def overlap(maps, target):
@@ -136,21 +136,28 @@ def overlap(maps, target):
 def angle(maps, points, field_of_view):
     """(N,) degrees between the directions of the map's center of mass and of points (N, 2), for a camera that sees
     `field_of_view` degrees horizontally and vertically."""
-    depth = 0.5 / math.tan(math.radians(field_of_view / 2))
-    center = center_of_mass(maps) / (last_cell(maps) + 1)
-    predicted = F.pad(center.double() - 0.5, (0, 1), value=depth)  # (N, 3): x, y, z
+    half = math.radians(field_of_view / 2)
+    depth = 0.5 / math.tan(half)
+    n_cells = last_cell(maps) + 1
+    center = center_of_mass(maps) / n_cells
+
+    # rays (N, 3) through the picture, which lies `depth` in front of the camera
+    predicted = F.pad(center.double() - 0.5, (0, 1), value=depth)
     true = F.pad(points.double() - 0.5, (0, 1), value=depth)
     cosine = F.cosine_similarity(predicted, true, dim=1)
-    return torch.rad2deg(cosine.clamp(-1, 1).acos())
+    return cosine.clamp(-1, 1).acos().rad2deg()
 
 
 def blurred(position, length):
     """(N, length): an impulse at the cell position (N,), blurred; what lies beyond the border is mirrored at it."""
     cells = torch.arange(length, device=position.device)
+    mirror_left = -1 - position
+    mirror_right = 2 * length - 1 - position
     total = 0
-    for image in (position, -1 - position, 2 * length - 1 - position):
-        distance = (cells - image.unsqueeze(1)).double()
-        total = total + torch.exp(-distance ** 2 / (2 * 3.2 ** 2)) * (distance.abs() <= 13)
+    for image in (position, mirror_left, mirror_right):
+        distance = cells - image.double().unsqueeze(1)
+        weight = torch.exp(-distance ** 2 / (2 * BLUR ** 2))
+        total = total + torch.where(distance.abs() > 4 * BLUR + 0.5, 0, weight)
     return total
 
 
@@ -161,16 +168,18 @@ def area_under_curve(maps, points, size):
     on the grid h x w and uses it on H x W; here the map is resized first.
     """
     maps = resize(maps, size)
+    h, w = size
     center = center_of_mass(maps).round()
-    column = blurred(center[:, 0], maps.shape[2])
-    row = blurred(center[:, 1], maps.shape[1])
+    column = blurred(center[:, 0], w)
+    row = blurred(center[:, 1], h)
     blob = row.unsqueeze(2) * column.unsqueeze(1)                         # (N, H, W)
 
-    label = (points * last_cell(maps)).round().long()
-    index = torch.arange(len(blob), device=blob.device)
-    at_label = blob[index, label[:, 1], label[:, 0]].view(-1, 1, 1)
-    above = blob > at_label * (1 + 1e-9)
-    return 1 - above.double().mean((1, 2))
+    x, y = (points * last_cell(maps)).round().long().T
+    label = y * w + x                                                     # (N,), of the flattened map
+    values = blob.flatten(1)
+    at_label = values.gather(1, label.unsqueeze(1))
+    above = values > at_label * (1 + 1e-9)  # cells that are equal by symmetry differ by rounding
+    return 1 - above.double().mean(1)
 
 
 def frame_metrics(logits, points, label_map, field_of_view=60.0):
@@ -279,13 +288,17 @@ def random_baseline(seed):
 def mean_baseline(train, n_clips):
     """Its probabilities are the mean of the true maps of training clips."""
     total = torch.zeros(64, 64)
-    for index in np.linspace(0, len(train) - 1, min(len(train), n_clips)).astype(int):
-        item = train[int(index)]
-        total += heatmaps(item["points"][item["counted"]], 64).sum(0)
-    logits = 2 * (total / total.sum() + 1e-8).log()
+    n_clips = min(n_clips, len(train))
+    for index in torch.linspace(0, len(train) - 1, n_clips).long().tolist():
+        item = train[index]
+        points = item["points"][item["counted"]]
+        total += heatmaps(points, 64).sum(0)
+    probability = total / total.sum()
+    logits = 2 * (probability + 1e-8).log()
 
     def method(batch):
-        return logits.expand(*batch["points"].shape[:2], 64, 64)
+        B, T = batch["points"].shape[:2]
+        return logits.expand(B, T, 64, 64)
 
     return method
 
@@ -326,21 +339,24 @@ def write_csv(path, frames, keys, threshold):
 
     keys: of the clips, in the order of the frames.
     """
-    k = int((THRESHOLDS - threshold).abs().argmin())
+    k = THRESHOLDS.tolist().index(threshold)
     recall = frames["recall"][:, k]
     precision = frames["precision"][:, k]
-    scores = torch.stack([f1_score(recall, precision), recall, precision, frames["l2"]], dim=1)
-    values = torch.cat([scores, frames["predicted"], frames["truth"]], dim=1).tolist()
-    n_frames = len(values) // len(keys)
+    f1 = f1_score(recall, precision)
+    scores = torch.stack([f1, recall, precision, frames["l2"]], dim=1)
+    points = torch.cat([frames["predicted"], frames["truth"]], dim=1)
+    n_frames = len(f1) // len(keys)
 
     lines = ["video_name,frame_idx,clip_index,batch_index,frame_offset,f1,recall,precision,l2,pred_x,pred_y,gt_x,gt_y,"
              "valid,threshold"]
-    for i, row in enumerate(values):
-        clip, offset = divmod(i, n_frames)
+    for i in range(len(f1)):
+        clip = i // n_frames
+        offset = i % n_frames
         number = int(frames["number"][i])
-        valid = int(frames["counted"][i])
-        texts = ",".join(f"{value:.6f}" for value in row)
-        lines.append(f"{keys[clip]},{number},{clip},0,{offset},{texts},{valid},{threshold:.3f}")
+        counted = int(frames["counted"][i])
+        values = scores[i].tolist() + points[i].tolist()
+        text = ",".join(f"{value:.6f}" for value in values)
+        lines.append(f"{keys[clip]},{number},{clip},0,{offset},{text},{counted},{threshold:.3f}")
     write_whole(path, "\n".join(lines) + "\n")
 
 
@@ -348,7 +364,8 @@ def find_worst(frames, n_frames, n_worst):
     """[(clip index, mean distance)] of the clips with the largest mean distance over their counted frames."""
     counted = frames["counted"].view(-1, n_frames)
     distance = frames["l2"].view(-1, n_frames)
-    mean = (distance * counted).sum(1) / counted.sum(1).clamp(min=1)
+    n_counted = counted.sum(1).clamp(min=1)
+    mean = (distance * counted).sum(1) / n_counted
     order = mean.argsort(descending=True)[:n_worst]
     return [(index, mean[index].item()) for index in order.tolist()]
 
@@ -380,7 +397,7 @@ def draw_clips(path, data, clips, method):
 
 @torch.no_grad()
 def measure_speed(model, device, n_frames, repeats=10):
-    """Milliseconds per frame of a stream, and of running the last n_frames anew for each, as published."""
+    """Milliseconds per frame of a stream, and of running the last n_frames anew for each, as in the published demo."""
     R = model.config.image_size
     video = torch.randint(0, 256, (1, n_frames, 3, R, R), dtype=torch.uint8, device=device)
     state = model.start(1)
@@ -404,11 +421,13 @@ def measure_speed(model, device, n_frames, repeats=10):
 
 
 def print_table(split, results, n_clips):
-    n_frames = next(iter(results.values()))["n_frames"]
+    n_frames = results["center"]["n_frames"]
     print(f"\n{split}: {n_frames:,} counted frames of {n_clips:,} clips")
-    print(" " * 10 + "".join(f"{column:>11}" for column in COLUMNS))
+    header = "".join(f"{column:>11}" for column in COLUMNS)
+    print(f"{'':<10}{header}")
     for name, values in results.items():
-        print(f"{name:<10}" + "".join(f"{values[column]:11.4f}" for column in COLUMNS))
+        row = "".join(f"{values[column]:11.4f}" for column in COLUMNS)
+        print(f"{name:<10}{row}")
 
 
 def main():
@@ -457,8 +476,8 @@ def main():
     if model is not None:
         speed = measure_speed(model, device, cfg.n_frames)
         report["speed"] = speed
-        print(f"\none stream: {speed['ms_per_frame']:.1f} ms per frame; the last {cfg.n_frames} frames anew for "
-              f"each: {speed['ms_per_frame_anew']:.1f} ms; streaming saves a factor of {speed['saved']:.1f}")
+        print(f"\none stream: {speed['ms_per_frame']:.1f} ms per frame; running the last {cfg.n_frames} frames anew "
+              f"for each: {speed['ms_per_frame_anew']:.1f} ms; streaming saves a factor of {speed['saved']:.1f}")
     write_whole(out / "eval.json", json.dumps(report, indent=1))
     print(f"{out}: eval.json, frames_*.csv, clips_*.png, worst_*.png")
 

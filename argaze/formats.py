@@ -24,11 +24,13 @@ SPLITS = {"egtea": "train,test", "ego4d": "train,test",
 
 EGTEA_FPS = 24
 EGTEA_SIZE = (1280, 960)   # pixels
+EGTEA_EVENTS = {"Fixation": 1, "Saccade": 2}  # all others: 3
 EGO4D_FPS = 30
 EGO4D_SIZE = (1088, 1080)  # pixels that the published saccade threshold is meant for
 EGO4D_CLIP = 5             # seconds
 SACCADE = 40               # pixels from one frame to the next
 EGOEXO4D_FPS = 8           # frames per second that are used
+NANOSECONDS = {"ns": 1, "us": 1e3, "ms": 1e6}  # by the suffix of a column; all others are seconds
 EGOEXO4D_SIDE = 1404       # pixels; the published code divides by it, though the videos have 1408
 
 # What the published evaluation and preprocessing leave out.
@@ -191,13 +193,12 @@ def egtea_gaze(root, video):
 
     # 34 lines of header; where it counts the samples tells the version
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    titles = [number for number, text in enumerate(lines[:34]) if "## Number of Samples:" in text]
-    if titles == [9]:
-        n_fields, x_field, frame_field = 7, 3, 5
-    elif titles == [10]:
-        n_fields, x_field, frame_field = 26, 5, 24
-    else:
+    header = lines[:34]
+    titles = [number for number, text in enumerate(header) if "## Number of Samples:" in text]
+    if titles not in ([9], [10]):
         raise ValueError(f"{path} is no BeGaze export: '## Number of Samples:' must stand in its line 10 or 11")
+    n_fields = 7 if titles == [9] else 26
+    x_field = 3 if titles == [9] else 5
 
     gaze = {}
     for line, text in enumerate(lines[34:], 35):
@@ -206,20 +207,24 @@ def egtea_gaze(root, video):
             continue
         if len(fields) != n_fields:
             raise ValueError(f"{path}, line {line}: {len(fields)} fields between tabs, expected {n_fields}")
-
-        frame = egtea_frame(fields[frame_field], path, line)
+        frame = egtea_frame(fields[-2], path, line)
         x = to_number(fields[x_field], path, line)
         y = to_number(fields[x_field + 1], path, line)
-        kind = {"Fixation": 1, "Saccade": 2}.get(fields[-1].strip(), 3)
+        event = fields[-1].strip()
+
         if frame in gaze:
-            x = (x + gaze[frame][0]) / 2
-            y = (y + gaze[frame][1]) / 2
-        gaze[frame] = (x, y, kind)
+            before_x, before_y, _ = gaze[frame]
+            x = (x + before_x) / 2
+            y = (y + before_y) / 2
+        gaze[frame] = (x, y, EGTEA_EVENTS.get(event, 3))
     if not gaze:
         raise ValueError(f"{path} holds no gaze sample below its 34 lines of header")
 
-    table = np.zeros((max(gaze) + 1, 3))
-    table[list(gaze)] = list(gaze.values())
+    # frames without a sample stay 0
+    last = max(gaze)
+    table = np.zeros((last + 1, 3))
+    for frame, row in gaze.items():
+        table[frame] = row
     width, height = EGTEA_SIZE
     table[:, 0] = table[:, 0].clip(0, width - 1) / width
     table[:, 1] = table[:, 1].clip(0, height - 1) / height
@@ -276,11 +281,10 @@ def ego4d_gaze(root, video):
     columns = ("frame", "x", "y", "gaze_type")
     rows = []
     for line, row in read_table(path, columns, "python -m argaze.data labels makes it from gaze/ and full_scale.gaze/"):
-        values = [to_number(row[column], path, line) for column in columns]
-        _, x, y, _ = values
+        frame, x, y, kind = (to_number(row[column], path, line) for column in columns)
         if not (0 <= x <= 1 and 0 <= y <= 1):
             raise ValueError(f"{path}, line {line}: gaze ({row['x']}, {row['y']}) lies outside of the picture, 0 to 1")
-        rows.append(values)
+        rows.append((frame, x, y, kind))
     if not rows:
         raise ValueError(f"{path} has no row below its header")
 
@@ -319,17 +323,19 @@ def label_ego4d(path, n_frames):
     inside = points.clip(0, 1)
 
     # a jump from the frame before is a saccade; outside wins over it
-    jumps = np.zeros(n_frames)
-    jumps[1:] = np.linalg.norm((points[1:] - inside[:-1]) * EGO4D_SIZE, axis=1)
+    ways = (points[1:] - inside[:-1]) * EGO4D_SIZE
+    kind = np.zeros(n_frames)
+    kind[1:] = np.linalg.norm(ways, axis=1) > SACCADE
     outside = (inside != points).any(axis=1)
-    kind = np.where(outside, 2, jumps > SACCADE)
+    kind[outside] = 2
 
     # as published, tracking ends once the frame before has reached the last sample but one
     reached = np.searchsorted(times, seconds - 1 / EGO4D_FPS)
-    ended = (reached >= len(times) - 2) & (seconds > 0)
-    untracked = ended | np.isnan(points).any(axis=1)
+    ended = reached >= len(times) - 2
+    ended[0] = False
+    lost = np.isnan(points).any(axis=1)
     table = np.column_stack([inside, kind])
-    table[untracked] = (0, 0, UNTRACKED["ego4d"])
+    table[ended | lost] = (0, 0, UNTRACKED["ego4d"])
     return table
 
 
@@ -468,12 +474,15 @@ def egoexo4d_gaze(root, take, camera):
         column = next((name for name in row if "timestamp" in name), None)
         if column is None:
             raise ValueError(f"{path} has no column with a timestamp; its columns are {', '.join(row)}")
-        unit = {"ns": 1, "us": 1e3, "ms": 1e6}.get(column.rpartition("_")[2], 1e9)
-        nanoseconds = to_number(row[column], path, line) * unit
-        samples.append((nanoseconds, to_number_or_nan(row["x"], path, line), to_number_or_nan(row["y"], path, line)))
+        suffix = column.rpartition("_")[2]
+        time = to_number(row[column], path, line) * NANOSECONDS.get(suffix, 1e9)
+        x = to_number_or_nan(row["x"], path, line)
+        y = to_number_or_nan(row["y"], path, line)
+        samples.append((time, x, y))
     if not samples:
         raise ValueError(f"{path} has no row below its header")
-    samples = np.array(sorted(samples, key=lambda sample: sample[0]))
+    samples.sort(key=lambda sample: sample[0])
+    samples = np.array(samples)
     times = samples[:, 0].astype(np.int64)
 
     frames = frame_times(root, take, camera)

@@ -71,11 +71,12 @@ class Config:
 def camera_path(rng, cfg):
     """(T, 2) x, y of the frame's corner on the table: a smooth walk."""
     turns = rng.normal(0, 0.5, cfg.n_frames)
-    heading = rng.uniform(0, 2 * np.pi) + np.cumsum(turns)
+    start = rng.uniform(0, 2 * np.pi)
     speed = cfg.speed * rng.uniform(0.3, 1)
-    x = np.cumsum(speed * np.cos(heading))
-    y = np.cumsum(speed * np.sin(heading))
-    return np.stack([x - x.min(), y - y.min()], axis=1)
+    heading = start + turns.cumsum()
+    steps = np.stack([np.cos(heading), np.sin(heading)], axis=1)
+    path = speed * steps.cumsum(axis=0)
+    return path - path.min(axis=0)
 
 
 def place_objects(rng, cfg, path, radius):
@@ -130,13 +131,14 @@ def disc(image, center, radius, color):
     high = np.ceil(center + radius + 1).astype(int).clip(0, len(image))
     rows = slice(low[1], high[1])
     columns = slice(low[0], high[0])
+    part = image[rows, columns]
 
     middles = np.arange(len(image)) + 0.5
     x = middles[columns] - center[0]
     y = middles[rows] - center[1]
     distance = np.hypot(x, y[:, None])
-    cover = (radius + 0.5 - distance).clip(0, 1)[..., None]
-    image[rows, columns] += cover * (color - image[rows, columns])
+    cover = (radius + 0.5 - distance).clip(0, 1)
+    part += cover[..., None] * (color - part)
 
 
 def hand(image, place, shoulder, radius):
@@ -206,8 +208,15 @@ def make_clip(job):
 
 def make_split(cfg, split, n_clips):
     root = Path(cfg.out)
-    names = [f"{split}/{split}_t{number}_t{number + 1}.mp4" for number in range(n_clips)]
-    jobs = [(cfg, split, number, root / "clips.gaze" / name) for number, name in enumerate(names)]
+    windows = ["clip_path,start_frame,end_frame"]
+    jobs = []
+    for number in range(n_clips):
+        name = f"{split}/{split}_t{number}_t{number + 1}.mp4"
+        first = number * EGO4D_FPS
+        windows.append(f"{name},{first},{first + cfg.n_frames}")
+        jobs.append((cfg, split, number, root / "clips.gaze" / name))
+    write_whole(root / f"{split}_ego4d_gaze_stride8.csv", "\n".join(windows) + "\n")
+
     if cfg.n_workers > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(cfg.n_workers, context, torch.set_num_threads, (1,)) as pool:
@@ -220,12 +229,6 @@ def make_split(cfg, split, n_clips):
     for lines in clips:
         labels += lines
     write_whole(root / "gaze_frame_label" / f"{split}_frame_label.csv", "\n".join(labels) + "\n")
-
-    windows = ["clip_path,start_frame,end_frame"]
-    for number, name in enumerate(names):
-        first = number * EGO4D_FPS
-        windows.append(f"{name},{first},{first + cfg.n_frames}")
-    write_whole(root / f"{split}_ego4d_gaze_stride8.csv", "\n".join(windows) + "\n")
 
 
 def claim_folder(cfg):
