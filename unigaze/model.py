@@ -80,9 +80,10 @@ class FaceMAEConfig(UniGazeConfig):
 
 
 def check_multiple(config, whole, part):
-    a, b = getattr(config, whole), getattr(config, part)
-    if a < 1 or b < 1 or a % b:
-        raise ValueError(f"{whole}={a} must be a multiple of {part}={b}")
+    size = getattr(config, whole)
+    unit = getattr(config, part)
+    if size < 1 or unit < 1 or size % unit:
+        raise ValueError(f"{whole}={size} must be a multiple of {part}={unit}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,11 +128,12 @@ class Block(nn.Module):
             x = x + self.attn(self.norm1(x))
             return x + self.mlp(self.norm2(x))
 
-        # drop path: what is left counts the more, so that the mean stays
-        kept = (draws >= self.drop_path).to(x.dtype) / (1 - self.drop_path)
-        attn_kept, mlp_kept = kept.view(-1, 2, 1, 1).unbind(1)
-        x = x + self.attn(self.norm1(x)) * attn_kept
-        return x + self.mlp(self.norm2(x)) * mlp_kept
+        # drop path: the branches that stay are enlarged, so that the mean stays
+        kept = draws >= self.drop_path
+        weight = kept.to(x.dtype) / (1 - self.drop_path)
+        weight = weight.view(-1, 2, 1, 1)
+        x = x + weight[:, 0] * self.attn(self.norm1(x))
+        return x + weight[:, 1] * self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):
@@ -166,9 +168,9 @@ class ViT(nn.Module):
         """images (B, 3, S, S) uint8 RGB or normalised -> (B, L, D) after the last norm, CLS first. In training mode
         `draws` of draw() decide the drop path; without them it draws its own."""
         images = imagenet_normalize(images, self.config.image_size)
-        x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + self.pos_embed
+        patches = self.patch_embed(images)
+        cls = self.cls_token.expand(len(patches), -1, -1)
+        x = torch.cat([cls, patches], dim=1) + self.pos_embed
 
         if not self.training or self.config.drop_path == 0:
             draws = [None] * len(self.blocks)
@@ -207,8 +209,7 @@ class UniGaze(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
-        keys = UniGazeConfig.__dataclass_fields__
-        config = read_config(folder / "config.json", lambda saved: UniGazeConfig(**{key: saved[key] for key in keys}))
+        config = read_config(folder / "config.json", config_of)
         return cls.from_published(folder, config)
 
     @classmethod
@@ -220,21 +221,20 @@ class UniGaze(nn.Module):
         are resized to its image_size. FileNotFoundError, or a ValueError that names what does not fit.
         """
         tensors = read_published(path)["model"]
-        if "gaze_fc.weight" not in tensors:
-            tensors = {f"vit.{name}": tensor for name, tensor in tensors.items() if not is_decoder(name)}
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vit.head.")}
+        is_autoencoder = "gaze_fc.weight" not in tensors
+        tensors = vit_tensors(tensors) if is_autoencoder else without_head(tensors)
         config = config or guess_config(tensors, path)
+
+        if is_autoencoder:
+            fresh = init_weights(Linear(config.hidden_size, 2))
+            tensors["gaze_fc.weight"] = fresh.weight
+            tensors["gaze_fc.bias"] = fresh.bias
+        if "vit.pos_embed" in tensors:
+            tensors["vit.pos_embed"] = resize_positions(tensors["vit.pos_embed"], config.num_patches)
 
         # build without memory, then let the file's tensors be the weights
         with torch.device("meta"):
             model = cls(config)
-        if "gaze_fc.weight" not in tensors:
-            fresh = init_weights(Linear(config.hidden_size, 2))
-            tensors["gaze_fc.weight"] = fresh.weight
-            tensors["gaze_fc.bias"] = fresh.bias
-        positions = tensors.get("vit.pos_embed")
-        if positions is not None and positions.shape[2:] == (config.hidden_size,):
-            tensors["vit.pos_embed"] = resize_positions(positions, config.num_patches)
         assign(model, tensors, f"the weights in {path}")
         return model
 
@@ -247,8 +247,8 @@ def load(name_or_path, device="cpu"):
     if not path.exists() and path.name.startswith("unigaze_"):
         file = f"{path.stem}.safetensors"
         path = download(RELEASED, [file]) / file
-    model = UniGaze.from_pretrained(path) if path.is_dir() else UniGaze.from_published(path)
-    return model.to(device).eval()
+    read = UniGaze.from_pretrained if path.is_dir() else UniGaze.from_published
+    return read(path).to(device).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,16 +261,18 @@ class FaceMAE(ViT):
     def __init__(self, config):
         super().__init__(config)
         D = config.decoder_hidden_size
-        grid = config.image_size // config.patch_size
+        self.grid = config.image_size // config.patch_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(D, grid), requires_grad=False)
         self.decoder_embed = Linear(config.hidden_size, D)
-        self.decoder_blocks = nn.ModuleList([Block(D, config.decoder_num_heads) for _ in range(config.decoder_depth)])
+        self.decoder_blocks = nn.ModuleList()
+        for _ in range(config.decoder_depth):
+            self.decoder_blocks.append(Block(D, config.decoder_num_heads))
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
-        self.decoder_pred = Linear(D, config.patch_size ** 2 * 3)
+        self.decoder_pred = Linear(D, 3 * config.patch_size ** 2)
 
         # positions are fixed waves here; the gaze model goes on to train them
-        self.pos_embed = nn.Parameter(sincos_positions(config.hidden_size, grid), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(config.hidden_size, self.grid), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(D, self.grid), requires_grad=False)
         init_weights(self)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -289,31 +291,33 @@ class FaceMAE(ViT):
         """Encode the K patches of least noise, in the order of their noise.
 
         Returns (latent (B, K + 1, D), mask (B, N) 1 = hidden, restore (B, N): where each patch went in that order)."""
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        K = self.config.num_visible
         order = noise.argsort(dim=1)
         restore = order.argsort(dim=1)
-        K = self.config.num_visible
-        x = x.gather(1, repeat(order[:, :K], "b k -> b k d", d=x.shape[2]))
+        mask = (restore >= K).float()
 
+        patches = self.patch_embed(images) + self.pos_embed[:, 1:]
+        visible = take(patches, order[:, :K])
         cls = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([cls.expand(len(visible), -1, -1), visible], dim=1)
         for block in self.blocks:
             x = block(x)
-        mask = (restore >= K).float()
         return self.norm(x), mask, restore
 
     def decode(self, latent, restore):
         """latent (B, K + 1, D), restore (B, N) of encode -> predicted pixels (B, N, p·p·3) of every patch."""
         x = self.decoder_embed(latent)
-        B, N = restore.shape
-        hidden = self.mask_token.to(x.dtype).expand(B, N + 1 - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], hidden], dim=1)
-        patches = patches.gather(1, repeat(restore, "b n -> b n d", d=x.shape[2]))
+        cls = x[:, :1]
+        visible = x[:, 1:]
+        n_hidden = self.config.num_patches - self.config.num_visible
+        hidden = self.mask_token.to(x.dtype).expand(len(x), n_hidden, -1)
+        patches = take(torch.cat([visible, hidden], dim=1), restore)
 
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        x = torch.cat([cls, patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        x = self.decoder_norm(x)
+        return self.decoder_pred(x)[:, 1:]
 
     def loss(self, images, prediction, mask):
         """Mean squared error of the hidden patches' pixels."""
@@ -338,9 +342,9 @@ class FaceMAE(ViT):
             prediction = prediction.float() * std + mean
         patches = torch.where(mask.unsqueeze(2) > 0, prediction, patches)
         p = self.config.patch_size
-        side = self.config.image_size // p
-        pixels = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
-        return (pixels * channels(STD, pixels) + channels(MEAN, pixels)).clamp(0, 1)
+        pixels = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid, p=p, q=p)
+        pixels = pixels * channels(STD, pixels) + channels(MEAN, pixels)
+        return pixels.clamp(0, 1)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, whole or not at all."""
@@ -360,7 +364,12 @@ def patch_statistics(patches):
     """Mean and standard deviation (unbiased) of each patch, both (B, N, 1)."""
     mean = patches.mean(dim=2, keepdim=True)
     var = patches.var(dim=2, keepdim=True)
-    return mean, (var + 1e-6).sqrt()
+    return mean, torch.sqrt(var + 1e-6)
+
+
+def take(tokens, index):
+    """tokens (B, N, D), index (B, K) -> the tokens of each face in the order of its index (B, K, D)"""
+    return tokens.gather(1, repeat(index, "b k -> b k d", d=tokens.shape[2]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,30 +395,35 @@ def channels(values, like):
 def sincos_positions(width, grid):
     """Fixed 2-D position embeddings (1, 1 + grid², width): sines and cosines of the column in the first half, of the
     row in the second; zeros for CLS."""
-    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
+    step = 4 / width
+    frequencies = 10000 ** -torch.arange(0, 1, step, dtype=torch.float64)[:width // 4]
+    places = torch.arange(grid, dtype=torch.float64)
+    angles = torch.outer(places, frequencies)
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
     column = repeat(wave, "x d -> (y x) d", y=grid)
     row = repeat(wave, "y d -> (y x) d", x=grid)
     table = torch.cat([column, row], dim=1)
-    return torch.cat([table.new_zeros(1, width), table]).float().unsqueeze(0)
+    table = F.pad(table, (0, 0, 1, 0))  # CLS
+    return table.float().unsqueeze(0)
 
 
 def resize_positions(positions, n_patches):
     """Position embeddings (1, 1 + n, D) for another number of patches, bicubic; CLS keeps its own."""
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(n_patches)
-    if old == new:
+    if positions.shape[1] == n_patches + 1:
         return positions
-    grid = rearrange(positions[:, 1:].float(), "1 (h w) d -> 1 d h w", h=old)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1].float(), rearrange(grid, "1 d h w -> 1 (h w) d")], dim=1)
+    cls = positions[:, :1].float()
+    patches = positions[:, 1:].float()
+    side = math.isqrt(n_patches)
+    grid = rearrange(patches, "1 (h w) d -> 1 d h w", h=math.isqrt(patches.shape[1]))
+    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+    return torch.cat([cls, rearrange(grid, "1 d h w -> 1 (h w) d")], dim=1)
 
 
 def init_weights(module):
     """Xavier-uniform matrices (the patch convolution as one too), zero biases: the MAE's rule, for any width."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
+            nn.init.xavier_uniform_(part.weight.flatten(1))
             nn.init.zeros_(part.bias)
         elif isinstance(part, ViT) and part.pos_embed.requires_grad:
             nn.init.trunc_normal_(part.pos_embed, std=0.02)
@@ -458,16 +472,32 @@ def stored_name(owner, name):
 
 def renumber(adam, names):
     """Adam's state_dict without the parameters of vit.head, which the published model has and never trains."""
+    group = adam["param_groups"][0]
+    if len(group["params"]) != len(names):
+        return adam  # written without them
     kept = [i for i, name in enumerate(names) if not name.startswith("vit.head.")]
-    if len(names) != len(adam["param_groups"][0]["params"]):
-        kept = range(len(adam["param_groups"][0]["params"]))  # written without the head
-    state = {new: adam["state"][old] for new, old in enumerate(kept) if old in adam["state"]}
-    group = adam["param_groups"][0] | {"params": list(range(len(kept)))}
-    return {"state": state, "param_groups": [group]}
+    state = {}
+    for new, old in enumerate(kept):
+        if old in adam["state"]:
+            state[new] = adam["state"][old]
+    params = list(range(len(kept)))
+    return {"state": state, "param_groups": [group | {"params": params}]}
 
 
-def is_decoder(name):
-    return name.startswith("decoder_") or name == "mask_token"
+def without_head(tensors):
+    """The released weights but for timm's classifier of 1000 classes, which nothing uses."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("vit.head.")}
+
+
+def vit_tensors(tensors):
+    """An autoencoder's weights, under the names of a gaze model and without its decoder."""
+    decoder = ("decoder_", "mask_token")
+    return {f"vit.{name}": tensor for name, tensor in tensors.items() if not name.startswith(decoder)}
+
+
+def config_of(saved):
+    """UniGazeConfig from the dict of a config.json, an autoencoder's too."""
+    return UniGazeConfig(**{key: saved[key] for key in UniGazeConfig.__dataclass_fields__})
 
 
 def guess_config(tensors, path):
@@ -491,21 +521,25 @@ def guess_config(tensors, path):
 def to_vector(pitchyaw):
     """Pitch and yaw (N, 2) in radians -> unit vectors (N, 3)."""
     pitch, yaw = torch.as_tensor(pitchyaw).unbind(-1)
-    return torch.stack([pitch.cos() * yaw.sin(), pitch.sin(), pitch.cos() * yaw.cos()], dim=-1)
+    x = pitch.cos() * yaw.sin()
+    y = pitch.sin()
+    z = pitch.cos() * yaw.cos()
+    return torch.stack([x, y, z], dim=-1)
 
 
 def to_pitchyaw(vector):
     """Vectors (N, 3) of any length -> pitch in -π/2..π/2 and yaw in -π..π (N, 2), radians."""
-    x, y, z = F.normalize(torch.as_tensor(vector), dim=-1).unbind(-1)
-    return torch.stack([y.clamp(-1, 1).asin(), torch.atan2(x, z)], dim=-1)
+    vector = torch.as_tensor(vector)
+    x, y, z = F.normalize(vector, dim=-1).unbind(-1)
+    pitch = y.clamp(-1, 1).asin()
+    yaw = torch.atan2(x, z)
+    return torch.stack([pitch, yaw], dim=-1)
 
 
 def angular_error(a, b):
     """Angle between two gazes in degrees, (N,) float64, in 0..180. a, b: pitch and yaw (N, 2) in radians, or vectors
     (N, 3); a vector of length 0 is 90° from any. The cosine is clipped: rounding never makes it NaN."""
-    a = unit_vector(a)
-    b = unit_vector(b)
-    cosine = (a * b).sum(dim=-1)
+    cosine = (unit_vector(a) * unit_vector(b)).sum(dim=-1)
     return cosine.clamp(-1, 1).acos().rad2deg()
 
 
@@ -513,4 +547,5 @@ def unit_vector(gaze):
     gaze = torch.as_tensor(gaze).double()
     if gaze.shape[-1] == 2:
         gaze = to_vector(gaze)
-    return gaze / gaze.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+    length = gaze.norm(dim=-1, keepdim=True)
+    return gaze / length.clamp(min=1e-7)

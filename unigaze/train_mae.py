@@ -117,41 +117,42 @@ def crop_centre(image, rate):
     side = int(size * rate)
     start = (size - side) // 2
     middle = image[:, start:start + side, start:start + side]
-    return torch.from_numpy(resize(middle.permute(1, 2, 0).numpy(), size)).permute(2, 0, 1)
+    enlarged = resize(middle.permute(1, 2, 0).numpy(), size)
+    return torch.from_numpy(enlarged).permute(2, 0, 1)
 
 
 def jitter(image, random):
-    """Brightness, contrast, saturation and hue of (3, S, S) uint8 in random order, in torchvision's ranges. The hue
+    """Brightness, contrast, saturation and hue of (3, S, S) uint8 in random order, in the published ranges. The hue
     turns about the grey axis of RGB here, not in HSV."""
     x = image.float()
     for change in random.permutation(4):
         if change == 0:
             x = x * random.uniform(0.7, 1.3)
         elif change == 1:
-            x = blend(x, grey(x).mean(), random.uniform(0.4, 1.8))
+            x = grey(x).mean().lerp(x, random.uniform(0.4, 1.8))
         elif change == 2:
-            x = blend(x, grey(x), random.uniform(0.8, 1.2))
+            x = grey(x).lerp(x, random.uniform(0.8, 1.2))
         else:
             turn = turn_hue(random.uniform(-0.15, 0.15))
-            x = torch.einsum("dc,chw->dhw", turn, x)
+            x = (turn @ x.flatten(1)).view_as(x)
         x = x.clamp(0, 255)
     return x.round().byte()
 
 
 def grey(x):
-    return (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).unsqueeze(0)
-
-
-def blend(x, other, factor):
-    return factor * x + (1 - factor) * other
+    """(3, S, S) -> (1, S, S)"""
+    weights = torch.tensor([[0.299, 0.587, 0.114]])
+    return (weights @ x.flatten(1)).view(1, *x.shape[1:])
 
 
 def turn_hue(turns):
     """Rotation matrix (3, 3) of colours about the grey axis, by a share of a whole turn."""
-    angle = 2 * math.pi * turns
-    same = torch.full((3, 3), 1 / 3)
-    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
-    return math.cos(angle) * torch.eye(3) + (1 - math.cos(angle)) * same + math.sin(angle) * cross
+    cos = math.cos(2 * math.pi * turns)
+    sin = math.sin(2 * math.pi * turns)
+    same = (1 - cos) / 3
+    plus = same + sin / math.sqrt(3)
+    minus = same - sin / math.sqrt(3)
+    return torch.tensor([[cos + same, minus, plus], [plus, cos + same, minus], [minus, plus, cos + same]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
