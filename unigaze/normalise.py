@@ -312,8 +312,8 @@ def area_weights(n, m):
 
     left = np.floor(start)
     right = np.minimum(left + 1, n - 1)
-    blend = new + 1 - (left + 1) / scale
-    blend = np.where(blend <= 0, 0, blend - np.floor(blend)).astype(np.float32)
+    blend = (new + 1 - (left + 1) / scale).astype(np.float32)            # in float32, as OpenCV rounds it
+    blend = np.where(blend <= 0, 0, blend - np.floor(blend))
     weights = (old == left) * (1 - blend) + (old == right) * blend
     return weights.astype(np.float32)
 

@@ -26,7 +26,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib import checkpoint, configurator, loader, log, run
+from lib import configurator, run
+from lib.checkpoint import keep_best, load_state, save_state, state_of
+from lib.loader import Feed, StepSampler, make_loader, shard
+from lib.log import Log, Means, check_finite, count_parameters
+from lib.weights import assign
 from unigaze.data import collate, open_set, open_sets, protocol
 from unigaze.model import UniGaze, UniGazeConfig, angular_error, read_published
 
@@ -171,201 +175,202 @@ def step_lr(step, steps_per_epoch, lr):
 
 @torch.no_grad()
 def predict(gaze, faces, cfg, rank, world, device, autocast):
-    """Gazes of a whole set, over all ranks. Returns float64 arrays in the order of the set: gaze, head and prediction
-    (n, 2) in radians, and key (n,): the number of the subject, for Gaze360 the row in its file (published)."""
-    key = "row" if faces.name.startswith("gaze360") else "subject"
-    batches = loader.shard(len(faces), rank, world, cfg.test_batch_size)
+    """Gazes of a whole set, over all processes. Returns float64 arrays in the order of the set: gaze, head, prediction
+    (n, 2) in radians, and key (n, 1): the number of the subject, for Gaze360 the row in its file (published)."""
+    batches = shard(len(faces), rank, world, cfg.test_batch_size)
+    loader = make_loader(faces, batches, cfg.n_workers, collate)
     rows = [torch.empty(0, 7)]
     gaze.eval()
-    for batch in tqdm(loader.make_loader(faces, batches, cfg.n_workers, collate), faces.name, leave=False,
-                      disable=rank > 0):
+    for batch in tqdm(loader, faces.name, leave=False, disable=rank > 0):
         with autocast:
             prediction = gaze(batch["image"].to(device, non_blocking=True))
+        prediction = prediction.float().cpu()
         head = batch["head"].nan_to_num()  # published: zeros where a file has none
-        rows.append(torch.cat([batch["gaze"], head, prediction.float().cpu(), batch[key].unsqueeze(1)], dim=1))
+        key = batch["row"] if faces.name.startswith("gaze360") else batch["subject"]
+        rows.append(torch.cat([batch["gaze"], head, prediction, key.unsqueeze(1)], dim=1))
     gaze.train()
 
     # process r had faces r, r + world, r + 2 world, …
     table = np.empty((len(faces), 7))
     for r, part in enumerate(run.from_all(torch.cat(rows))):
         table[r::world] = part
-    return {"gaze": table[:, :2], "head": table[:, 2:4], "prediction": table[:, 4:6], "key": table[:, 6]}
+    truth, head, prediction, key = np.split(table, [2, 4, 6], axis=1)
+    return {"gaze": truth, "head": head, "prediction": prediction, "key": key}
 
 
 def write_results(folder, epoch, result):
     """The published result files of one set: text, a face per line."""
     folder = Path(folder)
-    (folder / f"epoch_{epoch}").mkdir(parents=True, exist_ok=True)
+    epoch_folder = folder / f"epoch_{epoch}"
+    epoch_folder.mkdir(parents=True, exist_ok=True)
     np.savetxt(folder / "gt_gaze.txt", result["gaze"], delimiter=",")
     np.savetxt(folder / "gt_head.txt", result["head"], delimiter=",")
     np.savetxt(folder / "subject_key.txt", result["key"], delimiter=",")
-    np.savetxt(folder / f"epoch_{epoch}" / "pred_gaze.txt", result["prediction"], delimiter=",")
+    np.savetxt(epoch_folder / "pred_gaze.txt", result["prediction"], delimiter=",")
 
 
 def evaluate(gaze, sets, cfg, epoch, rank, world, device, autocast):
-    """Error of each set in degrees, mean and standard deviation over its faces: {NAME_deg, NAME_std}. Prints it beside
-    the error of a constant guess, the mean gaze of the set itself, and writes the result files."""
-    metrics = {}
+    """Mean and standard deviation of each set's errors in degrees: ({NAME_deg: mean}, {NAME_std: std}). Prints them
+    beside the error of a constant guess, the mean gaze of the set itself, and writes the result files."""
+    means = {}
+    stds = {}
     for faces in sets:
         result = predict(gaze, faces, cfg, rank, world, device, autocast)
         error = angular_error(result["prediction"], result["gaze"])
-        mean, std = error.mean().item(), error.std(correction=0).item()
-        metrics |= {f"{faces.name}_deg": mean, f"{faces.name}_std": std}
+        mean = error.mean().item()
+        std = error.std(correction=0).item()
+        means[f"{faces.name}_deg"] = mean
+        stds[f"{faces.name}_std"] = std
+
         if rank == 0:
+            write_results(Path(cfg.out_dir) / "results" / faces.name, epoch, result)
             guess = result["gaze"].mean(axis=0, keepdims=True)
             constant = angular_error(guess, result["gaze"]).mean()
-            write_results(Path(cfg.out_dir) / "results" / faces.name, epoch, result)
-            print(f"{faces.name}: gaze error mean: {mean:.3f}  -  std: {std:.3f} of {len(faces)} faces "
+            print(f"{faces.name}, {len(faces)} faces: gaze error mean: {mean:.3f}  -  std: {std:.3f} "
                   f"(a constant guess: {constant:.3f})")
-    return metrics
-
-
-def mean_error(metrics):
-    """Mean over the sets."""
-    errors = [value for name, value in metrics.items() if name.endswith("_deg")]
-    return sum(errors) / len(errors)
+    return means, stds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def start_model(cfg, world):
-    """(the model, checkpoint of this script to resume or none, published checkpoint to go on from or none)"""
-    torch.manual_seed(cfg.seed)  # the same weights on all ranks
-    if cfg.ckpt_resume:
-        return UniGaze.from_published(cfg.ckpt_resume, cfg.model()), None, read_published(cfg.ckpt_resume)
-    if cfg.init_from not in ("scratch", "resume"):
-        return UniGaze.from_published(cfg.init_from, cfg.model()), None, None
-
-    gaze = UniGaze(cfg.model())
-    if cfg.init_from == "scratch":
-        return gaze, None, None
-    resumed = checkpoint.load_state(cfg.out_dir, cfg, world, {*UniGazeConfig.__dataclass_fields__, "protocol"})
-    gaze.load_state_dict(resumed["model"])
-    return gaze, resumed, None
-
-
 def main():
-    try:
-        argv = translate(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    cfg = configurator.parse(Config, argv)
+    cfg = configurator.parse(Config, translate(sys.argv[1:]))
     rank, world, device = run.init_processes(cfg.device)
     run.check_same(**vars(cfg))
     run.stop_on_sigterm()
     out = Path(cfg.out_dir)
 
     # ---- model
-    gaze, resumed, published = start_model(cfg, world)
+    torch.manual_seed(cfg.seed)  # the same weights on all ranks
+    resumed = None
+    if cfg.init_from == "resume":
+        resumed = load_state(out, cfg, world, {*UniGazeConfig.__dataclass_fields__, "protocol"})
+        gaze = UniGaze(cfg.model())
+        assign(gaze, resumed["model"], f"{out}/last.pt")
+    elif cfg.ckpt_resume or cfg.init_from != "scratch":
+        gaze = UniGaze.from_published(cfg.ckpt_resume or cfg.init_from, cfg.model())
+    else:
+        gaze = UniGaze(cfg.model())
     gaze.to(device)
-    size = f"UniGaze {cfg.image_size}/{cfg.patch_size}, {log.count_parameters(gaze) / 1e6:.2f} M parameters"
+    n_parameters = count_parameters(gaze) / 1e6
 
-    # ---- data
+    # ---- data. FORK: a set of your own is a line in SETS of unigaze/data.py
     names = protocol(cfg.protocol)
     val_sets = [open_set(cfg.data, name, cfg.image_size) for name in names["val"]]
     test_sets = [open_set(cfg.data, name, cfg.image_size) for name in names["test"]]
-    tested = "to test on: " + ", ".join(f"{faces.name} {len(faces)}" for faces in val_sets + test_sets)
+    counts = [f"{faces.name} {len(faces)}" for faces in val_sets + test_sets]
+    run.check_same(faces_to_test=counts)
 
     # ---- optimizer
     optimizer = torch.optim.Adam(gaze.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     ddp, sync, autocast, scaler, precision = run.prepare(gaze, optimizer, cfg, world, device, resumed)
     if cfg.mode == "test":
-        if rank == 0:
-            print(f"{size}, {cfg.init_from}; {tested}; {precision}")
         evaluate(gaze, val_sets + test_sets, cfg, 1001, rank, world, device, autocast)  # published: epoch 1001
         run.finish()
         return
 
-    # ---- order of the data
+    # ---- order of the data: an epoch is as many whole steps as there are
     train = open_sets(cfg.data, names["train"], cfg.image_size, seed=cfg.seed)
-    run.check_same(training_faces=len(train), tested=tested)
+    run.check_same(training_faces=len(train))
     step_size = cfg.batch_size * cfg.grad_accumulation_steps * world
     per_epoch = len(train) // step_size
     if per_epoch == 0:
         raise ValueError(f"{len(train)} training faces are fewer than a step's {step_size}: lower batch_size")
     total = cfg.steps or cfg.epochs * per_epoch
-    start = resumed["step"] if resumed else 0
-    best = resumed["best"] if resumed else math.inf
-    if published:
+
+    start = 0
+    best = math.inf
+    if resumed:
+        start = resumed["step"]
+        best = resumed["best"]
+    if cfg.ckpt_resume:
+        published = read_published(cfg.ckpt_resume)
         start = published["epoch"] * per_epoch
         optimizer.load_state_dict(published["optimizer"])
-    sampler = loader.StepSampler(len(train), step_size, rank, world, cfg.batch_size, cfg.seed, start, total)
-    feed = loader.Feed(loader.make_loader(train, sampler, cfg.n_workers, collate))
-    journal = log.Log(cfg, rank, world, device, [
-        size, f"{sampler.arithmetic}; {total} steps = {total / per_epoch:.1f} epochs of {per_epoch}",
-        f"{len(train)} faces of {', '.join(names['train'])}; {tested}",
-        f"{precision}; starts at step {start}"], start)
+    sampler = StepSampler(len(train), step_size, rank, world, cfg.batch_size, cfg.seed, start, total)
+    loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
+    log = Log(cfg, rank, world, device, [
+        f"UniGaze, {cfg.image_size} px in patches of {cfg.patch_size}, {n_parameters:.2f} M parameters",
+        sampler.arithmetic,
+        f"steps {start} to {total}, {per_epoch} an epoch of {len(train)} faces ({', '.join(names['train'])})",
+        f"faces to test: {', '.join(counts)}",
+        precision], start)
 
     # ---- loop
     loss_of = F.l1_loss if cfg.loss == "l1" else F.mse_loss
-    unreadable, t0 = set(), time.time()
+    unreadable = set()
+    t0 = time.time()
     for step in range(start, total + 1):
         stop = run.stopping()
+        last = step == total
         epoch = step // per_epoch
         epoch_ended = step > 0 and step % per_epoch == 0
-        last = step == total
+        validates = last or epoch_ended and epoch % cfg.valid_epoch == 0
+        tests = last or epoch_ended and epoch % cfg.eval_epoch == 0
 
-        # validate and test
-        metrics = {}
-        if val_sets and not stop and (last or epoch_ended and epoch % cfg.valid_epoch == 0):
-            metrics = evaluate(gaze, val_sets, cfg, epoch, rank, world, device, autocast)
-            best = checkpoint.keep_best(gaze, out, mean_error(metrics), best, rank)
-        if test_sets and not stop and (last or epoch_ended and epoch % cfg.eval_epoch == 0):
-            metrics |= evaluate(gaze, test_sets, cfg, epoch, rank, world, device, autocast)
-        if metrics:
-            journal.write(step, total, step - start, **metrics)
+        # validate, and keep the model with the lowest mean over the sets in best/
+        if validates and val_sets and not stop:
+            means, stds = evaluate(gaze, val_sets, cfg, epoch, rank, world, device, autocast)
+            mean = sum(means.values()) / len(means)
+            best = keep_best(gaze, out, mean, best, rank)
+            log.write(step, total, step - start, val_deg=mean, **means, **stds)
+        if tests and test_sets and not stop:
+            means, stds = evaluate(gaze, test_sets, cfg, epoch, rank, world, device, autocast)
+            log.write(step, total, step - start, **means, **stds)
 
         # save
-        if rank == 0 and (epoch_ended or last or stop or step % cfg.save_every == 0):
+        if (epoch_ended or last or stop or step % cfg.save_every == 0) and rank == 0:
             gaze.save_pretrained(out)
-            state = checkpoint.state_of(step, gaze, optimizer, scaler, best, cfg, world)
-            checkpoint.save_state(out / "last.pt", state)
-        if rank == 0 and epoch_ended and epoch % cfg.save_epoch == 0:
+            save_state(out / "last.pt", state_of(step, gaze, optimizer, scaler, best, cfg, world))
+        if epoch_ended and epoch % cfg.save_epoch == 0 and rank == 0:
             gaze.save_pretrained(out / f"epoch_{epoch:02d}")
         if last or stop:
             break
 
-        # learning rate: the schedule counts batches, not optimizer steps (published)
-        n = cfg.grad_accumulation_steps
+        # this step's learning rate: the schedule counts batches, not optimizer steps (published)
         if cfg.scheduler == "OneCycleLR":
-            lr, beta = one_cycle(n * step + n - 1, n * total, cfg.lr)
+            batches = cfg.grad_accumulation_steps
+            lr, beta = one_cycle((step + 1) * batches - 1, total * batches, cfg.lr)
         else:
-            lr, beta = step_lr(step, per_epoch, cfg.lr), 0.9
+            lr = step_lr(step, per_epoch, cfg.lr)
+            beta = 0.9
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["betas"] = (beta, 0.999)
 
-        # which faces skip which blocks: drawn for the whole step, so that it does not depend on the number of processes
+        # which faces skip which blocks, drawn for the whole step: it does not depend on the number of processes
         draws = gaze.vit.draw(step_size, run.shared_generator(cfg.seed, step))
         draws = draws.split(sampler.local)[rank].split(sampler.micro)
 
-        # update
-        means, keys = log.Means(), []
-        for i in range(sampler.n_micro):
-            batch = next(feed)
+        losses = Means()
+        keys = []
+        for micro in range(sampler.n_micro):
+            batch = next(loader)
             keys += batch["key"]
             unreadable.update(batch["unreadable"])
             images = batch["image"].to(device, non_blocking=True)    # (B, 3, S, S)
             target = batch["gaze"].to(device, non_blocking=True)     # (B, 2)
             share = len(images) / sampler.local                      # of this process's faces
 
-            with sync(last=i == sampler.n_micro - 1):
+            with sync(last=micro == sampler.n_micro - 1):
                 with autocast:
-                    prediction = ddp(images, draws[i])
+                    prediction = ddp(images, draws[micro])
                 loss = loss_of(prediction.float(), target)
                 scaler.scale(loss * share).backward()
-            means.add(share, loss=loss)
-        log.check_finite(means.sums["loss"].item(), step, keys)
+            losses.add(share, loss=loss)
+
+        check_finite(losses.sums["loss"].item(), step, keys)
         run.update(optimizer, scaler)
 
         if (step + 1) % cfg.log_every == 0:
-            journal.write(step + 1, total, step + 1 - start, **means.read(), lr=lr, epoch=(step + 1) / per_epoch,
-                          ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                          data_ms=feed.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
+            ms_per_step = (time.time() - t0) * 1000 / cfg.log_every
+            log.write(step + 1, total, step + 1 - start, **losses.read(), lr=lr, epoch=(step + 1) / per_epoch,
+                      ms_per_step=ms_per_step, data_ms=loader.waited_ms(cfg.log_every),
+                      unreadable=run.count_distinct(unreadable))
             t0 = time.time()
     run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main)

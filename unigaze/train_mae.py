@@ -19,10 +19,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lib import checkpoint, configurator, loader, log, run
+from lib import configurator, run
+from lib.checkpoint import load_state, save_state, state_of
+from lib.loader import Feed, StepSampler, make_loader
+from lib.log import Log, Means, check_finite, count_parameters
 from lib.video_out import contact_sheet
-from unigaze.data import collate, open_sets, protocol, resize
+from lib.weights import assign
+from unigaze.data import collate, open_sets, protocol
 from unigaze.model import FaceMAE, FaceMAEConfig, imagenet_normalize
+from unigaze.normalise import resize
 
 
 @dataclass
@@ -105,7 +110,8 @@ def augment(image, random):
     if random.random() < 0.5:
         image = jitter(image, random)
     if random.random() < 0.05:
-        image = grey(image.float()).round().byte().expand(3, -1, -1)
+        colourless = grey(image.float())
+        image = colourless.round().byte().expand(3, -1, -1)
     if random.random() < 0.5:
         image = image.flip(-1)
     return image
@@ -163,17 +169,15 @@ def learning_rate(epoch, epochs, warmup, lr):
     """At a fractional epoch: linear warm-up from 0 to lr, then half a cosine to 0."""
     if epoch < warmup:
         return lr * epoch / warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+    share = (epoch - warmup) / (epochs - warmup)
+    return lr * (1 + math.cos(math.pi * share)) / 2
 
 
 def make_optimizer(mae, lr, weight_decay):
     """AdamW with MAE's betas. Biases and norms do not decay; the tokens do, as published."""
-    decayed = []
-    others = []
-    for parameter in mae.parameters():
-        if parameter.requires_grad:
-            group = decayed if parameter.dim() > 1 else others
-            group.append(parameter)
+    trained = [p for p in mae.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1]
+    others = [p for p in trained if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
@@ -181,18 +185,17 @@ def make_optimizer(mae, lr, weight_decay):
 @torch.no_grad()
 def draw_faces(path, mae, images):
     """Write a picture with a column per face: what the model sees, what it makes of it, the face."""
-    noise = torch.rand(len(images), mae.config.num_patches, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(len(images), mae.config.num_patches, generator=generator)
     normal = imagenet_normalize(images, mae.config.image_size)
     loss, prediction, mask = mae(normal, noise.to(images.device))
     seen = mae.paint(normal, torch.zeros_like(prediction), mask)
     painted = mae.paint(normal, prediction, mask)
-    rows = {"seen": to_pictures(seen * 255), "painted": to_pictures(painted * 255), "face": to_pictures(images)}
-    contact_sheet(path, rows, title=f"hidden patches' error {loss.item():.3f}")
-
-
-def to_pictures(images):
-    """(B, 3, S, S) in 0..255 -> list of (S, S, 3) uint8 arrays"""
-    return list(images.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    rows = {}
+    for name, pixels in (("seen", seen), ("painted", painted), ("face", images / 255)):
+        pictures = (pixels * 255).round().byte()
+        rows[name] = list(pictures.permute(0, 2, 3, 1).cpu().numpy())
+    contact_sheet(path, rows, title=f"error in the hidden patches: {loss.item():.3f}")
 
 
 def main():
@@ -204,85 +207,97 @@ def main():
 
     # ---- model
     torch.manual_seed(cfg.seed)  # the same weights on all ranks
-    start, resumed = 0, None
+    resumed = None
+    start = 0
     if cfg.init_from == "resume":
-        resumed = checkpoint.load_state(out, cfg, world, {*FaceMAEConfig.__dataclass_fields__, "protocol"})
+        resumed = load_state(out, cfg, world, {*FaceMAEConfig.__dataclass_fields__, "protocol"})
         start = resumed["step"]
         mae = FaceMAE(cfg.model())
-        mae.load_state_dict(resumed["model"])
+        assign(mae, resumed["model"], f"{out}/last.pt")
     elif cfg.init_from == "scratch":
         mae = FaceMAE(cfg.model())
     else:
         mae = FaceMAE.from_published(cfg.init_from, cfg.model())
     mae.to(device)
+    n_parameters = count_parameters(mae) / 1e6
 
     # ---- data
-    faces = open_sets(cfg.data, protocol(cfg.protocol)["train"], cfg.image_size, labelled=False, seed=cfg.seed)
+    names = protocol(cfg.protocol)["train"]
+    faces = open_sets(cfg.data, names, cfg.image_size, labelled=False, seed=cfg.seed)
     run.check_same(faces=len(faces))
+    train = Augmented(faces, cfg.seed) if cfg.augment else faces
     step_size = cfg.batch_size * cfg.grad_accumulation_steps * world
     total = cfg.steps or math.ceil(cfg.epochs * len(faces) / step_size)
     epochs = total * step_size / len(faces)
-    sampler = loader.StepSampler(len(faces), step_size, rank, world, cfg.batch_size, cfg.seed, start, total)
-    train = Augmented(faces, cfg.seed) if cfg.augment else faces
-    feed = loader.Feed(loader.make_loader(train, sampler, cfg.n_workers, collate))
+    sampler = StepSampler(len(faces), step_size, rank, world, cfg.batch_size, cfg.seed, start, total)
+    loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
 
     # eight faces for the picture, from all over the sets
-    every = math.ceil(len(faces) / 8)
-    shown = torch.stack([faces[i]["image"] for i in range(0, len(faces), every)]).to(device)
+    numbers = np.linspace(0, len(faces) - 1, 8).astype(int)
+    shown = torch.stack([faces[i]["image"] for i in numbers]).to(device)
 
     # ---- optimizer
     peak = cfg.blr * step_size / 256
     optimizer = make_optimizer(mae, peak, cfg.weight_decay)
     ddp, sync, autocast, scaler, precision = run.prepare(mae, optimizer, cfg, world, device, resumed)
-    journal = log.Log(cfg, rank, world, device, [
-        f"FaceMAE {cfg.image_size}/{cfg.patch_size}: {log.count_parameters(mae) / 1e6:.2f} M parameters, "
+    log = Log(cfg, rank, world, device, [
+        f"FaceMAE, {cfg.image_size} px in patches of {cfg.patch_size}, {n_parameters:.2f} M parameters, "
         f"{mae.config.num_visible} of {mae.config.num_patches} patches shown",
-        f"{sampler.arithmetic}; {total} steps = {epochs:.1f} epochs of {len(faces)} faces; peak lr {peak:.3g}"
-        + (f"; resumed at step {start}" if start else ""), precision], start)
+        sampler.arithmetic,
+        f"{total} steps = {epochs:.1f} epochs of {len(faces)} faces ({', '.join(names)}); peak lr {peak:.3g}",
+        precision], start)
 
     # ---- loop
-    unreadable, t0 = set(), time.time()
+    unreadable = set()
+    t0 = time.time()
     for step in range(start, total + 1):
         stop = run.stopping()
-        if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
+        last = step == total
+
+        # save
+        if (step % cfg.save_every == 0 or last or stop) and rank == 0:
             mae.save_pretrained(out)
-            checkpoint.save_state(out / "last.pt",
-                                  checkpoint.state_of(step, mae, optimizer, scaler, math.inf, cfg, world))
+            save_state(out / "last.pt", state_of(step, mae, optimizer, scaler, math.inf, cfg, world))
             draw_faces(out / "faces.png", mae, shown)
-        if step == total or stop:
+        if last or stop:
             break
 
+        # this step's learning rate
         epoch = step * step_size / len(faces)
         lr = learning_rate(epoch, epochs, min(cfg.warmup_epochs, epochs), peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # what is hidden, drawn for the whole step so that it does not depend on the number of processes
-        noise = torch.rand(step_size, mae.config.num_patches, generator=run.shared_generator(cfg.seed, step))
+        # what is hidden, drawn for the whole step: it does not depend on the number of processes
+        generator = run.shared_generator(cfg.seed, step)
+        noise = torch.rand(step_size, mae.config.num_patches, generator=generator)
         noise = noise.split(sampler.local)[rank].split(sampler.micro)
 
-        means, keys = log.Means(), []
-        for i in range(sampler.n_micro):
-            batch = next(feed)
+        losses = Means()
+        keys = []
+        for micro in range(sampler.n_micro):
+            batch = next(loader)
             keys += batch["key"]
             unreadable.update(batch["unreadable"])
-            images = batch["image"].to(device, non_blocking=True)        # (B, 3, S, S)
-            share = len(images) / sampler.local
-            with sync(last=i == sampler.n_micro - 1):
+            images = batch["image"].to(device, non_blocking=True)    # (B, 3, S, S)
+            share = len(images) / sampler.local                      # of this process's faces
+
+            with sync(last=micro == sampler.n_micro - 1):
                 with autocast:
-                    loss = ddp(images, noise[i].to(device, non_blocking=True))[0]
+                    loss, _, _ = ddp(images, noise[micro].to(device, non_blocking=True))
                 scaler.scale(loss * share).backward()
-            means.add(share, loss=loss)
-        log.check_finite(means.sums["loss"].item(), step, keys)
+            losses.add(share, loss=loss)
+
+        check_finite(losses.sums["loss"].item(), step, keys)
         run.update(optimizer, scaler)
 
         if (step + 1) % cfg.log_every == 0:
-            journal.write(step + 1, total, step + 1 - start, **means.read(), lr=lr, epoch=epoch,
-                          ms_per_step=(time.time() - t0) * 1000 / cfg.log_every,
-                          data_ms=feed.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
+            ms_per_step = (time.time() - t0) * 1000 / cfg.log_every
+            log.write(step + 1, total, step + 1 - start, **losses.read(), lr=lr, epoch=epoch, ms_per_step=ms_per_step,
+                      data_ms=loader.waited_ms(cfg.log_every), unreadable=run.count_distinct(unreadable))
             t0 = time.time()
     run.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main)
