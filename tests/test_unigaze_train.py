@@ -260,7 +260,7 @@ def test_mode_test_needs_no_training_data(monkeypatch, faces, tmp_path, capsys):
     torch.manual_seed(0)
     UniGaze(UniGazeConfig(16, 8, 16, 2, 2)).save_pretrained(tmp_path / "gaze")
     run_train(monkeypatch, tmp_path / "faces", tmp_path / "out", "--mode=test", f"--init_from={tmp_path / 'gaze'}")
-    assert "toy_mpii_test: gaze error mean" in capsys.readouterr().out
+    assert "toy_mpii_test, 48 faces: gaze error mean" in capsys.readouterr().out
     assert (tmp_path / "out" / "results" / "toy_xgaze_test" / "epoch_1001" / "pred_gaze.txt").is_file()
 
 
