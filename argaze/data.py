@@ -263,10 +263,7 @@ class GazeClips(torch.utils.data.Dataset):
         place = f"{root} ({split})"
         self.clips = list_clips(self.dataset, root, split, frames, n_frames, stride)
         self.drop_missing(place)
-        self.tables = {}
-        for clip in self.clips:
-            if clip.video not in self.tables:
-                self.tables[clip.video] = read_gaze(self.dataset, root, clip)
+        self.read_tables(root, place)
         self.check_length(place)
         self.check_gaze(place)
 
@@ -280,6 +277,26 @@ class GazeClips(torch.utils.data.Dataset):
             raise FileNotFoundError(f"{text}: see python -m argaze.data check")
         warnings.warn(f"{text}; they are left out: see python -m argaze.data check", stacklevel=3)
         self.clips = [clip for clip in self.clips if clip.path not in missing]
+
+    def read_tables(self, root, place):
+        """Gaze of every video; clips of a video without a gaze file are left out."""
+        self.tables = {}
+        missing = {}
+        for clip in self.clips:
+            if clip.video in self.tables or clip.video in missing:
+                continue
+            try:
+                self.tables[clip.video] = read_gaze(self.dataset, root, clip)
+            except FileNotFoundError as error:
+                missing[clip.video] = error
+        if not missing:
+            return
+        first = next(iter(missing.values()))
+        if not self.tables:
+            raise first
+        warnings.warn(f"{place}: {len(missing)} videos have no gaze file, so their clips are left out; {first}",
+                      stacklevel=3)
+        self.clips = [clip for clip in self.clips if clip.video in self.tables]
 
     def check_length(self, place):
         short = []

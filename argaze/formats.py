@@ -10,6 +10,7 @@ import csv
 import functools
 import json
 import re
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -393,9 +394,14 @@ def read_takes(root):
     path = root / "takes.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `egoexo --parts metadata` downloads it")
+    try:
+        takes = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
     rows = {}
-    for take in json.loads(path.read_text()):
-        rows[take["take_name"]] = (take["timesync_start_idx"] + 1, take["timesync_end_idx"])
+    for take in takes:
+        if take.get("timesync_end_idx"):  # a few takes were never synchronised
+            rows[take["take_name"]] = (take["timesync_start_idx"] + 1, take["timesync_end_idx"])
     return rows
 
 
@@ -418,7 +424,7 @@ def frame_times(root, take, camera):
     """(n,) nanoseconds of the take's frames. Rows without a time are no frames."""
     takes = read_takes(root)
     if take not in takes:
-        raise ValueError(f"{root / 'takes.json'} has no take {take!r}")
+        raise ValueError(f"{root / 'takes.json'} has no times of the take {take!r}")
     capture = re.sub(r"_\d+$", "", take)
     path = root / "captures" / capture / "timesync.csv"
     times = capture_times(path, f"{camera}_capture_timestamp_ns")
@@ -435,6 +441,7 @@ def egoexo4d_clips(root, split, n_frames):
     columns = ("take_name", "video_path", "clip_start_time", "clip_end_time", "split")
     wanted = "TEST_IID" if split == "test" else split.upper()
     clips = []
+    missing = {}
     splits = Counter()
     for line, row in read_table(path, columns, f"a csv file with the columns {','.join(columns)}"):
         splits[row["split"]] += 1
@@ -443,7 +450,11 @@ def egoexo4d_clips(root, split, n_frames):
 
         # lists hold the absolute paths of whoever made them
         file = root / "takes" / row["video_path"].rpartition("takes/")[2]
-        times = frame_times(root, row["take_name"], camera_of(file))
+        try:
+            times = frame_times(root, row["take_name"], camera_of(file))
+        except FileNotFoundError as error:  # few users download all of it
+            missing[row["take_name"]] = error
+            continue
         fps = 1e9 / np.median(np.diff(times))
         start = round(to_number(row["clip_start_time"], path, line) * fps)
         end = round(to_number(row["clip_end_time"], path, line) * fps)
@@ -457,6 +468,8 @@ def egoexo4d_clips(root, split, n_frames):
             window = (first, first + n_frames * stride)
             clips.append(Clip(row["take_name"], str(first), file, 0, [window], stride))
 
+    if missing:
+        warnings.warn(f"{path}: {len(missing)} takes are left out, first: {next(iter(missing.values()))}", stacklevel=4)
     if wanted not in splits:
         raise ValueError(f"{path} has no row of the split {wanted}; it has {', '.join(sorted(splits))}")
     return clips

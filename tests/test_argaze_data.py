@@ -277,7 +277,7 @@ def test_an_egoexo4d_item_shows_the_frames_of_its_window(broken, tmp_path):
     ("ego4d/gaze/{}.csv", "0.021", "late", "line 3: 'late' is not a number"),
     ("egoexo4d/captures/lab_tea_01/timesync.csv", "aria01", "cam02", "no column aria01_214-1_capture"),
     ("egoexo4d/split_assignments.csv", "video_path", "path", "no column video_path; its first line"),
-    ("egoexo4d/takes.json", "lab_tea_01_3", "lab_tea_01_9", "no take 'lab_tea_01_3'"),
+    ("egoexo4d/takes.json", "lab_tea_01_3", "lab_tea_01_9", "no times of the take 'lab_tea_01_3'"),
     ("egoexo4d/gaze_data/takes/lab_tea_01_3/eye_gaze/personalized_eye_gaze_2d.csv", "tracking_timestamp_us", "t",
      "no column with a timestamp")])
 def test_wrong_columns_are_named(broken, name, old, new, message):
@@ -360,6 +360,29 @@ def test_a_video_with_fewer_frames_than_its_label_is_named(gaze_toy):
 def test_a_clip_shorter_than_the_window_is_announced(gaze_toy):
     with pytest.warns(UserWarning, match="6 of 6 clips are shorter than 8 frames with stride 2"):
         data.GazeClips("ego4d", gaze_toy, "test", size=64, stride=2)
+
+
+def test_a_video_without_a_gaze_file_is_left_out_with_a_warning(broken):
+    root = broken / "egtea"
+    for clip in formats.list_clips("egtea", root, "test"):
+        clip.path.parent.mkdir(parents=True, exist_ok=True)
+        clip.path.touch()
+    (root / "gaze_data" / "OP99-R01-Toast.txt").unlink()
+    with pytest.warns(UserWarning, match="1 videos have no gaze file.*OP99-R01-Toast.txt is missing"):
+        clips = data.GazeClips("egtea", root, "test", stride=2)
+    assert {clip.video for clip in clips.clips} == {"P98-R02-Soup"}
+
+
+def test_a_take_without_times_is_left_out_with_a_warning(broken):
+    root = broken / "egoexo4d"
+    with open(root / "split_assignments.csv", "a") as file:
+        file.write("lab_tea_02_1,takes/lab_tea_02_1/frame_aligned_videos/aria01_214-1.mp4,0,2.4,TEST_IID,,,,,,\n")
+    takes = json.loads((root / "takes.json").read_text())
+    takes.append({"take_name": "lab_tea_02_1", "timesync_start_idx": 0, "timesync_end_idx": 9})
+    (root / "takes.json").write_text(json.dumps(takes))
+    with pytest.warns(UserWarning, match="1 takes are left out.*lab_tea_02/timesync.csv is missing"):
+        clips = formats.list_clips("egoexo4d", root, "test")
+    assert len(clips) == 2
 
 
 def test_a_set_without_any_tracked_frame_is_an_error(gaze_toy, tmp_path):
