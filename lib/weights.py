@@ -22,6 +22,7 @@ LICENCES = {"nvidia/AutoGaze": "NVIDIA licence, non-commercial research only",
             "bfshi/VideoMAE_AutoGaze": "NVIDIA licence, non-commercial research only",
             "facebook/vit-mae-large": "Apache-2.0", "facebook/dinov2-with-registers-base": "Apache-2.0",
             "google/siglip2-base-patch16-224": "Apache-2.0",
+            "UniGaze/UniGaze-models": "MG-NC-RAI-2.0: non-commercial, also what is distilled from them",
             "facebook/dinov3-vits16-pretrain-lvd1689m": "DINOv3 licence; gated, accept it on its page and set HF_TOKEN"}
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -266,6 +266,15 @@ def test_saved_folders_come_back_whole(tmp_path, gaze, mae, want):
     close(UniGaze.from_pretrained(tmp_path / "mae").vit.cls_token, mae.cls_token)
 
 
+def test_the_licence_is_printed_before_a_released_model_is_fetched(monkeypatch, capsys):
+    def fetch(hub_id, file, local_files_only):
+        assert "MG-NC-RAI-2.0: non-commercial" in capsys.readouterr().out
+        raise OSError("no network in a test")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    with pytest.raises(FileNotFoundError, match="UniGaze/UniGaze-models"):
+        load("unigaze_h14_joint")
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"gaze.safetensors do not fit: .*vit.blocks.3"):
         UniGaze.from_published(GOLDEN / "gaze.safetensors", UniGazeConfig(32, 8, 32, 4, 2))
