@@ -336,6 +336,24 @@ def test_settings_that_no_model_can_have_are_named(settings, message):
         fresh(**settings)
 
 
+@pytest.mark.parametrize("name", ["Dinov2", "Dinov2WithRegisters", "ViT"])
+@torch.no_grad()
+def test_other_encoders_of_transformers_fit_too(tmp_path, name):
+    import transformers
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=56,
+                 patch_size=14)
+    encoder = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    encoder.save_pretrained(tmp_path / "vit")
+    model = fresh(encoder=str(tmp_path / "vit"), image_size=56, patch_size=14)
+    frames = torch.rand(2, 3, 56, 56)
+    states = encoder(frames, output_hidden_states=True).hidden_states
+    close(block_outputs(model.encoder, frames)[0][0], states[1], atol=1e-5, rtol=1e-5)
+
+    video = torch.randint(0, 256, (1, 2, 3, 56, 56), dtype=torch.uint8)
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(ARGaze.from_pretrained(tmp_path / "model")(video), model(video))
+
+
 def test_an_encoder_that_is_nowhere_is_named():
     with pytest.raises(FileNotFoundError, match="no/such/folder"):
         fresh(encoder="no/such/folder")
