@@ -28,6 +28,7 @@ from gazing import (
     already_gazed,
     at_frame,
     batches,
+    check_gazing,
     cut_chunks,
     drop_empty_slots,
     every_frame,
@@ -368,17 +369,14 @@ class Gaze(nn.Module):
         is logits / temperature with the padding id and the ids already gazed in this frame excluded.
         """
         video = self.check(video)
+        check_gazing(gazing, *video.shape[:2])
         V = self.config.num_ids
         K = self.config.num_multi_token_pred
         position = gazing["gazing_pos"]
         padded = gazing["if_padded_gazing"]
         counts = gazing["num_gazing_each_frame"].tolist()
         B, T = video.shape[:2]
-        n_rows, N = position.shape
-        assert padded.shape == position.shape
-        assert len(counts) == T
-        assert sum(counts) == N
-        assert n_rows % B == 0
+        n_rows = len(position)
 
         # embed: vision tokens once per clip, then the slots' ids within their frames
         vision, _ = self.embed(video)
@@ -458,6 +456,8 @@ class Gaze(nn.Module):
                                                          temperature, reference)
         ratio = every_frame(ratio, T, "gazing_ratio")
         requirement = every_frame(requirement, T, "task_loss_requirement")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         clips = video
 
         # tiles of whole frames are clips of their own

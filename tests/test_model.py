@@ -459,6 +459,18 @@ def test_wrong_videos_are_named(gaze, video):
         gaze.stream(3).step(video)
 
 
+def test_gazings_of_other_videos_are_named(gaze, video):
+    gazing = gaze.generate(video, 0.3)
+    with pytest.raises(ValueError, match="gazing is of 3 clips, the video of 2"):
+        gaze(video[:2], gazing)
+    with pytest.raises(ValueError, match="gazing is of 4 frames, the video has 3"):
+        gaze(video[:, :3], gazing)
+    with pytest.raises(ValueError, match="sum of num_gazing_each_frame"):
+        gaze(video, gazing | {"gazing_pos": gazing["gazing_pos"][:, 1:]})
+    with pytest.raises(ValueError, match="batch_size=0"):
+        gaze.generate(video, 0.3, batch_size=0)
+
+
 def test_pixels_are_cast_to_the_type_of_the_weights(gaze, video):
     half = tiny_gaze().to(torch.bfloat16)
     gazing = half.generate(video, 0.3)
