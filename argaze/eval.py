@@ -59,6 +59,8 @@ class Config:
     n_frames: int = 8             # clip length (published)
     stride: int = 8               # source frames per clip frame (published)
     max_clips: int = 1000000      # most clips of a split
+    label_size: int | None = None # cells per side of the true maps; none: as in the data set's published evaluation
+    label_sigma: float | None = None  # their spread in cells; none: the same
     field_of_view: float = 60.0   # degrees, of the camera that the angular error is told for (published)
     mean_clips: int = 256         # training clips for the baseline "mean"
     shown: int = 4                # clips drawn in clips_SPLIT.png
@@ -69,9 +71,9 @@ class Config:
     device: str = "auto"          # auto | cpu | cuda
 
     def check(self):
-        configurator.check_at_least(self, n_frames=1, stride=1, max_clips=1, mean_clips=1, shown=1, worst=1,
-                                    batch_size=1, n_workers=0, seed=0)
-        configurator.check_above_zero(self, "field_of_view")
+        configurator.check_at_least(self, n_frames=1, stride=1, max_clips=1, label_size=2, mean_clips=1, shown=1,
+                                    worst=1, batch_size=1, n_workers=0, seed=0)
+        configurator.check_above_zero(self, "field_of_view", "label_sigma")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,7 +319,12 @@ def measure(cfg, data, methods):
     all frames in order, as in frame_metrics, with the truth beside."""
     n_clips = min(len(data), cfg.max_clips)
     loader = make_loader(data, shard(n_clips, 0, 1, cfg.batch_size), cfg.n_workers, collate)
-    metrics = {name: Metrics(data.dataset, cfg.field_of_view) for name in methods}
+    label_map = {}
+    if cfg.label_size:
+        label_map["size"] = cfg.label_size
+    if cfg.label_sigma:
+        label_map["sigma"] = cfg.label_sigma
+    metrics = {name: Metrics(data.dataset, cfg.field_of_view, **label_map) for name in methods}
     parts = []
     keys = []
     for batch in tqdm(loader, desc="evaluating"):
