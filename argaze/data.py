@@ -416,9 +416,6 @@ class Config:
 
     def check(self):
         configurator.check_at_least(self, n_frames=1, stride=1, side=16, n_workers=1)
-        if self.dataset == "auto":
-            self.dataset = detect(self.root)
-        self.splits = self.splits or SPLITS[self.dataset]
 
 
 def check(cfg):
@@ -606,6 +603,9 @@ def main():
         raise SystemExit(__doc__.strip())
     cfg = configurator.parse(Config, sys.argv[2:])
     try:
+        if cfg.dataset == "auto":
+            cfg.dataset = detect(cfg.root)
+        cfg.splits = cfg.splits or SPLITS[cfg.dataset]
         raise SystemExit(COMMANDS[command](cfg))
     except (OSError, ValueError, VideoError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -456,3 +456,8 @@ def test_labels_of_the_other_sets_hold_their_tables(broken, tmp_path, dataset):
     clip = formats.list_clips(dataset, broken / dataset, "test")[0]
     rows = np.loadtxt(tmp_path / "labels" / f"{clip.video}_frame_label.csv", delimiter=",", skiprows=1)
     np.testing.assert_allclose(rows[:, 1:], formats.read_gaze(dataset, broken / dataset, clip), atol=1e-6)
+
+
+def test_a_folder_that_is_none_of_the_sets_is_named(tmp_path):
+    assert command("check", f"--root={tmp_path / 'nowhere'}") == f"error: root={tmp_path / 'nowhere'} is no folder"
+    assert "looks like none of the three sets" in command("check", f"--root={tmp_path}")
