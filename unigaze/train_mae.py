@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lib import configurator, run
 from lib.checkpoint import load_state, save_state, state_of
@@ -184,13 +185,15 @@ def make_optimizer(mae, lr, weight_decay):
 
 @torch.no_grad()
 def draw_faces(path, mae, images):
-    """Write a picture with a column per face: what the model sees, what it makes of it, the face."""
+    """Write a picture with a column per face: what the model sees, what it makes of it, the face. With norm_pix_loss a
+    painted patch has the mean and the spread of the true one, which the model does not predict."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(images), mae.config.num_patches, generator=generator)
     normal = imagenet_normalize(images, mae.config.image_size)
     loss, prediction, mask = mae(normal, noise.to(images.device))
-    seen = mae.paint(normal, torch.zeros_like(prediction), mask)
     painted = mae.paint(normal, prediction, mask)
+    hidden = F.interpolate(mask.view(-1, 1, mae.grid, mae.grid), scale_factor=mae.config.patch_size)
+    seen = images / 255 * (1 - hidden)
     rows = {}
     for name, pixels in (("seen", seen), ("painted", painted), ("face", images / 255)):
         pictures = (pixels * 255).round().byte()
