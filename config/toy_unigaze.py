@@ -1,4 +1,4 @@
-# Gaze on one toy set, tested on the other: 48 px, 0.2 M parameters. Two CPU cores, half a minute.
+# Gaze on one toy set, tested on the other: 48 px, 0.2 M parameters. Half a minute of one CPU core.
 data = "data/toy_unigaze"   # python -m unigaze.make_data
 protocol = "toy"
 out_dir = "out/toy/unigaze"

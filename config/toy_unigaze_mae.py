@@ -1,4 +1,4 @@
-# Pre-training on the toy faces of both sets, without labels: 48 px, 0.3 M parameters. Two CPU cores, two minutes.
+# Pre-training on the toy faces of both sets, without labels: 48 px, 0.3 M parameters. Two minutes of one CPU core.
 data = "data/toy_unigaze"   # python -m unigaze.make_data
 protocol = "toy_mae"
 out_dir = "out/toy/unigaze_mae"

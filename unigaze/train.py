@@ -1,6 +1,6 @@
 """Train gaze on any mix of data sets, and test it on others.
 
-    python -m unigaze.train config/toy_unigaze.py                                    # 2 CPU cores, a minute
+    python -m unigaze.train config/toy_unigaze.py                                    # one CPU core, half a minute
     python -m unigaze.train config/unigaze_h_cross_xgaze.py --data=data/faces --init_from=mae_h14_checkpoint-299.pth
     torchrun --nproc_per_node=4 -m unigaze.train config/unigaze_b.py config/unigaze_joint.py --data=data/faces
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m unigaze.train …

@@ -1,6 +1,6 @@
 """Pre-train the masked autoencoder on faces without labels: a quarter of the patches is shown, the rest is predicted.
 
-    python -m unigaze.train_mae config/toy_unigaze_mae.py                            # 2 CPU cores, two minutes
+    python -m unigaze.train_mae config/toy_unigaze_mae.py                            # one CPU core, two minutes
     torchrun --nproc_per_node=4 -m unigaze.train_mae config/unigaze_b.py --data=data/faces
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -m unigaze.train_mae …
     python -m unigaze.train config/unigaze_b.py --init_from=out/unigaze_mae          # then train gaze from it
