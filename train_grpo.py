@@ -285,6 +285,7 @@ def main():
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.reference_decoding = False  # the policy that samples must be the one that is trained
+    gaze.config.max_num_frames = max(gaze.config.max_num_frames, cfg.n_frames)
     # Save the validation ratio and requirement as the checkpoint's defaults for generate().
     gaze.config.gazing_ratio = cfg.val_ratio
     gaze.config.task_loss_requirement = cfg.val_requirement

@@ -238,6 +238,7 @@ def main():
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.reference_decoding = False  # trained at exact positions, so decode at exact positions
+    gaze.config.max_num_frames = max(gaze.config.max_num_frames, cfg.n_frames)
     # Save the validation ratio and requirement as the checkpoint's defaults for generate().
     gaze.config.gazing_ratio = cfg.val_ratio
     gaze.config.task_loss_requirement = cfg.val_requirement

@@ -193,6 +193,10 @@ def prepare(module, optimizer, cfg, world, device, resumed):
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = cfg.tf32
 
+    # Weights from a file lie where it is mapped, at any address, and products on a CPU round by address. In memory of
+    # their own they lie as those of a resumed run do, which has to equal an uninterrupted one.
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data = tensor.data.clone()
     if resumed:
         restore(optimizer, scaler, resumed, cfg)
 

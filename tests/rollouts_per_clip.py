@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_grpo  # noqa: E402
-from gazing import join_clips, one_clip  # noqa: E402
+from gazing import join_clips, one_clip, to_masks  # noqa: E402
 
 original = train_grpo.roll_out
 
@@ -19,7 +19,8 @@ def roll_out(gaze, video, cfg, step, temperature):
         torch.manual_seed(zlib.crc32(clip.numpy().tobytes()) + step)
         rows.append(original(gaze, clip[None], cfg, step, temperature))
     clips = [one_clip(row, g) for g in range(cfg.group_size) for row in rows]
-    return join_clips(clips, gaze.config.num_ids)
+    gazing = join_clips(clips, gaze.config.num_ids)
+    return gazing | {"gazing_mask": to_masks(gazing, gaze.config.ids_per_scale)}
 
 
 if __name__ == "__main__":
