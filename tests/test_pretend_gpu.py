@@ -60,12 +60,40 @@ STAGES = [
 ]
 
 
-def test_stages_never_mix_devices(toy, tmp_path):
+ARGAZE = [
+    "argaze.train config/toy_argaze.py --root=ARGAZE --out_dir=OUT/argaze --steps=2 --val_every=2 --batch_size=2 "
+    "--log_every=1",
+    "argaze.eval --root=ARGAZE --ckpt=OUT/argaze --out_dir=OUT/argaze_eval --n_frames=6 --stride=1 --n_workers=0",
+    "argaze.show --video=TOY/val/000000.mp4 --ckpt=OUT/argaze --out=OUT/argaze.mp4",
+]
+UNIGAZE = [
+    "unigaze.train_mae config/toy_unigaze_mae.py --data=UNIGAZE --out_dir=OUT/faces --steps=2 --batch_size=4",
+    "unigaze.train config/toy_unigaze.py --data=UNIGAZE --init_from=OUT/faces --out_dir=OUT/unigaze --steps=2 "
+    "--batch_size=4",
+    "unigaze.show --video=TOY/val/000000.mp4 --ckpt=OUT/unigaze --faces=whole --out=OUT/unigaze_show",
+]
+
+
+@pytest.fixture(scope="module")
+def toys(toy, tmp_path_factory):
+    """Folders of generated data, by the word that stands for each in the commands."""
+    folder = tmp_path_factory.mktemp("toys")
+    commands = [f"argaze.make_data --out={folder}/argaze --n_train=4 --n_val=2 --n_workers=1",
+                f"unigaze.make_data --out={folder}/unigaze --n_faces=18 --n_workers=1"]
+    for command in commands:
+        subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, check=True, capture_output=True)
+    return {"UNIGAZE": f"{folder}/unigaze", "ARGAZE": f"{folder}/argaze", "TOY": str(toy)}
+
+
+@pytest.mark.parametrize("stages", [STAGES, ARGAZE, UNIGAZE], ids=["autogaze", "argaze", "unigaze"])
+def test_stages_never_mix_devices(toys, tmp_path, stages):
     """One after the other in one process, each with what the ones before it have made."""
     words = []
-    for stage in STAGES:
-        words += [*stage.replace("TOY", str(toy)).replace("OUT", str(tmp_path)).split(), "--device=cuda", "--"]
+    for stage in stages:
+        for name, folder in toys.items():
+            stage = stage.replace(f"={name}", f"={folder}")
+        words += [*stage.replace("OUT", str(tmp_path)).split(), "--device=cuda", "--"]
     done = subprocess.run([sys.executable, "tests/pretend_gpu.py", *words], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("on paper: ") == len(STAGES)
+    assert done.stdout.count("on paper: ") == len(stages)
