@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, though applied to pixels in -1..1: the published models expect that
 IMAGE_STD = (0.229, 0.224, 0.225)
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".3gp", ".gif")
 MAX_FAILURES = 100  # so many unreadable files in a row mean a broken disk or mount, not a few bad downloads
 
 

@@ -62,6 +62,7 @@ class CutConfig:
     max_windows: int = 200     # per video, spread evenly over it
     val_videos: int = 2        # source videos held out for validation; no video is in both
     val_fraction: float = 0.0  # if above 0: hold out this share of the videos in place of val_videos
+    val_names: str = ""        # if given: hold out these, file names without suffix, joined by commas
     seed: int = 0              # which videos are held out
     n_workers: int = 2         # processes
 
@@ -384,11 +385,24 @@ def find_sources(cfg, suffixes):
     return files
 
 
+def held_out_by_name(files, names):
+    """Indices of the files whose names without suffix are in `names`, joined by commas."""
+    stems = [path.stem for path in files]
+    for name in names.split(","):
+        if name not in stems:
+            raise ValueError(f"--val_names: no source is called {name!r}")
+    return [i for i, stem in enumerate(stems) if stem in names.split(",")]
+
+
 def convert(cfg, function, suffixes):
     """Run function((cfg, path, folder to write to, name)) -> (number of clips, error or None) on every source file,
     with whole sources held out for val. Unreadable ones cost one warning; a split without clips is an error."""
     files = find_sources(cfg, suffixes)
-    if cfg.val_fraction > 0:
+    val_names = getattr(cfg, "val_names", "")
+    if val_names:
+        held_out = held_out_by_name(files, val_names)
+        n_val = len(held_out)
+    elif cfg.val_fraction > 0:
         n_val = max(1, round(cfg.val_fraction * len(files)))
     else:
         n_val = cfg.val_videos
@@ -396,7 +410,8 @@ def convert(cfg, function, suffixes):
         raise ValueError(f"--src={cfg.src} has {len(files)} files ({' '.join(suffixes)}), {n_val} of them to be held "
                          "out for val, and both splits need one: add files or hold out another number")
     claim_folder(cfg, n_sources=len(files))  # another number would hold out other files: training ones leak into val
-    held_out = np.random.default_rng(cfg.seed).permutation(len(files))[-n_val:].tolist()
+    if not val_names:
+        held_out = np.random.default_rng(cfg.seed).permutation(len(files))[-n_val:].tolist()
 
     jobs = []
     names = set()
