@@ -19,9 +19,9 @@ def exponential(step, total, start, end):
 
 @torch.no_grad()
 def orthogonalize(x):
-    """x (n, a, b) -> about the nearest matrices whose singular values are all 1, by five steps of Newton and Schulz with
-    the usual coefficients of Muon. In float32: bfloat16 is slow on most CPUs, and would turn a difference of 1e-7 in a
-    gradient, such as two processes make, into 2 % of a step."""
+    """x (n, a, b) -> nearly the closest matrices whose singular values are all 1: five Newton-Schulz steps with Muon's
+    usual coefficients. In float32: bfloat16 is slow on most CPUs, and would turn a difference of 1e-7 in a gradient,
+    such as two processes make, into 2 % of a step."""
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
