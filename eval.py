@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Clips, from_model_pixels, read_motion, to_model_pixels
+from data import Clips, VideoError, from_model_pixels, read_motion, to_model_pixels
 from gazing import (
     SCALE_COLORS,
     Tiling,
@@ -663,4 +663,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main, VideoError)

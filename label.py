@@ -280,4 +280,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main, VideoError)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data import VIDEO_SUFFIXES, VideoError, count_frames, decode
 from lib import configurator
+from lib.run import launch
 from lib.video_out import VideoWriter
 
 # What happens in a toy clip. Most cameras stand still: then a new patch is worth a gaze only where something changed,
@@ -463,4 +464,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, VideoError)

@@ -1,6 +1,6 @@
 """Where does the model look in my video?
 
-    python show.py --video=my.mp4                                                   # by the small model in weights/small
+    python show.py --video=my.mp4                                                   # by the model in weights/small
     python show.py --video=my.mp4 --ckpt=out/toy/grpo --videomae=out/toy/videomae   # by your own
     python show.py --video=my.mp4 --gazing_ratio=0.05 --start=12 --duration=10      # ten seconds from 12 s on
     python show.py --video=my.mp4 --scale=1 --fps=2                                 # whole frames at native size

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 import model
-from data import Clips, collate, to_model_pixels
+from data import Clips, VideoError, collate, to_model_pixels
 from gazing import draw_ratio, last_slots, one_clip, parse_alpha, rows, sheet, split_frames, split_ratio
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
@@ -415,4 +415,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    run.launch(main, VideoError)

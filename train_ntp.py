@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 import model
-from data import Clips, collate, collate_gaze, to_model_pixels
+from data import Clips, VideoError, collate, collate_gaze, to_model_pixels
 from gazing import last_slots, one_clip, parse_alpha, sheet, split_ratio, to_device
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
@@ -351,4 +351,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    run.launch(main, VideoError)

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from data import Clips, collate, to_model_pixels
+from data import Clips, VideoError, collate, to_model_pixels
 from gazing import as_sides, draw_ratio, one_clip, parse_alpha, random_gazing, sheet, split_ratio, to_budgets, to_device
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
@@ -269,4 +269,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    run.launch(main, VideoError)

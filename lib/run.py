@@ -35,13 +35,14 @@ from lib.loader import divide_batch
 # beginning and end
 
 
-def launch(main):
-    """Run a script's main(). What the user has to put right before training can begin (a missing folder, settings that
-    do not fit) ends in one line and exit code 2; everything later, and every bug, in a traceback."""
+def launch(main, *errors):
+    """Run a script's main(). What the user has to put right (a missing folder, settings that do not fit, and whatever
+    else raises one of `errors`) ends in one line and exit code 2; bugs, and all that happens once training has begun,
+    in a traceback. So does everything when the environment variable GAZE_DEBUG is set."""
     try:
         main()
-    except (OSError, ValueError) as error:
-        if LOOP:
+    except (OSError, ValueError, *errors) as error:
+        if LOOP or os.environ.get("GAZE_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
