@@ -53,7 +53,7 @@ from data import VideoError, count_frames, decode
 from lib import configurator
 from lib.checkpoint import write_whole
 
-# Ground-truth maps of the published evaluations: keywords of heatmaps().
+# Ground-truth maps of the published evaluations.
 LABEL_MAPS = {"egtea": dict(size=56, sigma=3.0, window=19),
               "ego4d": dict(size=56, sigma=3.2, window=19),
               "egoexo4d": dict(size=64, sigma=3.0, window=None)}
@@ -65,12 +65,22 @@ MAX_DRAWS = 10      # starts to try for a training clip of Ego4D that is tracked
 # ground-truth maps
 
 
+def label_map(dataset, size=None, sigma=None):
+    """Keywords of heatmaps() as in a set's published evaluation, or with another size or sigma."""
+    keywords = dict(LABEL_MAPS[dataset])
+    if size:
+        keywords["size"] = size
+    if sigma:
+        keywords["sigma"] = sigma
+    return keywords
+
+
 def heatmaps(points, size, tracked=None, sigma=3.0, window=19):
     """Ground-truth maps (..., h, w) of gaze points (..., 2) in [0, 1].
 
     A Gaussian of `sigma` cells in a square of `window` cells around the cell of the point, with sum 1; window=None:
     around the point itself, everywhere, with maximum 1 (EgoExo4D). size: h = w, or (h, w). tracked (...,) bool: an
-    untracked frame gets a uniform map with sum 1. Published values: LABEL_MAPS.
+    untracked frame gets a uniform map with sum 1. Published values: label_map().
     """
     h, w = (size, size) if isinstance(size, int) else size
     points = points.double()
@@ -256,7 +266,10 @@ class GazeClips(torch.utils.data.Dataset):
                  seed=0):
         self.dataset = detect(root) if dataset == "auto" else dataset
         assert self.dataset in NAMES, dataset
-        self.n_frames, self.size, self.augment, self.seed = n_frames, size, augment, seed
+        self.n_frames = n_frames
+        self.size = size
+        self.augment = augment
+        self.seed = seed
         self.cached = {} if cache else None
         self.warned = set()
 
@@ -408,7 +421,6 @@ class Config:
     dataset: Literal["auto", "egtea", "ego4d", "egoexo4d"] = "auto"  # auto: by what lies in root
     splits: str = ""         # separated by commas; none: all that the set has
     frames: str = ""         # frames: folder to write pictures to; check: look for them there in place of the videos
-    labels: str = ""         # labels: folder to write to; none: <root>/gaze_frame_label
     n_frames: int = 8        # of an item
     stride: int = 8          # frames from one to the next
     side: int | None = None  # frames: shorter side of the pictures in pixels; none: as they are
@@ -491,7 +503,7 @@ def check_split(cfg, split):
 def write_labels(cfg):
     """Write <video>_frame_label.csv, a row per frame, from the raw gaze files; for Ego4D also the list of clips."""
     root = Path(cfg.root)
-    folder = Path(cfg.labels or root / "gaze_frame_label")
+    folder = root / "gaze_frame_label"
     names = []
     if cfg.dataset == "ego4d":
         files = [path for path in sorted((root / "gaze").glob("*.csv")) if path.name != "manifest.csv"]
@@ -582,7 +594,9 @@ def write_pictures(path, offset, folder, numbers, side):
             image = Image.fromarray(image)
             if side:
                 scale = side / min(image.size)
-                image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+                width = round(image.width * scale)
+                height = round(image.height * scale)
+                image = image.resize((width, height), Image.BICUBIC)
             name = f"{offset + i:06d}.jpg"
             image.save(folder / f".{name}", quality=95)
             os.replace(folder / f".{name}", folder / name)

@@ -10,8 +10,7 @@ of a split (fixations; EgoExo4D: visible gaze), not over batches. Prints a table
 
     eval.json         every metric of every method and split
     frames_SPLIT.csv  a row per frame: prediction, truth, F1, distance (columns of the published code)
-    clips_SPLIT.png   the first clips, frame by frame: predicted heat map, predicted and true gaze
-    worst_SPLIT.png   the clips with the largest mean distance
+    worst_SPLIT.png   the clips with the largest mean distance: predicted heat map, predicted and true gaze
 
 Baselines: center and random, Gaussians of 5 cells as published; mean, the mean true map of training clips, the best
 that knows no picture; last, a Gaussian where gaze really was in the frame before, which no camera without an eye
@@ -33,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from argaze.data import LABEL_MAPS, GazeClips, collate, heatmaps
-from argaze.model import ARGaze
+from argaze.data import GazeClips, collate, heatmaps, label_map
+from argaze.model import ARGaze, resize, to_probability
 from data import VideoError
 from lib import configurator, run, video_out
 from lib.checkpoint import write_whole
@@ -44,6 +43,8 @@ THRESHOLDS = torch.linspace(0, 0.02, 11, dtype=torch.float64)
 LABEL_THRESHOLD = 0.001  # cells of the true map above it are to be found
 EPSILON = 1e-6
 BLUR = 3.2               # cells, of the Gaussian that AUC is computed with
+FIELD_OF_VIEW = 60       # degrees, of the camera that the angular error is told for, in both directions
+MEAN_CLIPS = 256         # training clips for the baseline "mean"
 
 COLUMNS = ("f1", "recall", "precision", "threshold", "l2", "l2_mean", "auc", "angle")  # of the table
 
@@ -61,9 +62,6 @@ class Config:
     max_clips: int = 1000000      # most clips of a split
     label_size: int | None = None # cells per side of the true maps; none: as in the data set's published evaluation
     label_sigma: float | None = None  # their spread in cells; none: the same
-    field_of_view: float = 60.0   # degrees, of the camera that the angular error is told for (published)
-    mean_clips: int = 256         # training clips for the baseline "mean"
-    shown: int = 4                # clips drawn in clips_SPLIT.png
     worst: int = 8                # clips drawn in worst_SPLIT.png
     batch_size: int = 8           # clips at once
     n_workers: int = 4            # decoding processes
@@ -71,9 +69,9 @@ class Config:
     device: str = "auto"          # auto | cpu | cuda
 
     def check(self):
-        configurator.check_at_least(self, n_frames=1, stride=1, max_clips=1, label_size=2, mean_clips=1, shown=1,
-                                    worst=1, batch_size=1, n_workers=0, seed=0)
-        configurator.check_above_zero(self, "field_of_view", "label_sigma")
+        configurator.check_at_least(self, n_frames=1, stride=1, max_clips=1, label_size=2, worst=1, batch_size=1,
+                                    n_workers=0, seed=0)
+        configurator.check_above_zero(self, "label_sigma")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,16 +80,10 @@ class Config:
 
 def stretched_maps(logits):
     """Logits (N, h, w) -> probabilities at the temperature of the loss, stretched to the range 0 to 1 in every map."""
-    maps = (logits.float() / 2).flatten(1).softmax(1).view(logits.shape)
+    maps = to_probability(logits, 2)
     low = maps.amin((1, 2), keepdim=True)
     high = maps.amax((1, 2), keepdim=True)
     return (maps - low) / (high - low + EPSILON)
-
-
-def resize(maps, size):
-    if maps.shape[1:] == size:
-        return maps
-    return F.interpolate(maps.unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)
 
 
 def last_cell(maps):
@@ -135,10 +127,9 @@ def overlap(maps, target):
     return torch.stack(recall, dim=1), torch.stack(precision, dim=1)
 
 
-def angle(maps, points, field_of_view):
-    """(N,) degrees between the directions of the map's center of mass and of points (N, 2), for a camera that sees
-    `field_of_view` degrees horizontally and vertically."""
-    half = math.radians(field_of_view / 2)
+def angle(maps, points):
+    """(N,) degrees between the directions of the map's center of mass and of points (N, 2)."""
+    half = math.radians(FIELD_OF_VIEW / 2)
     depth = 0.5 / math.tan(half)
     n_cells = last_cell(maps) + 1
     center = center_of_mass(maps) / n_cells
@@ -184,7 +175,7 @@ def area_under_curve(maps, points, size):
     return 1 - above.double().mean(1)
 
 
-def frame_metrics(logits, points, label_map, field_of_view=60.0):
+def frame_metrics(logits, points, label_map):
     """{name: tensor (N, ...)} of single frames. logits (N, h, w), points (N, 2) in [0, 1], label_map: keywords of
     heatmaps()."""
     maps = stretched_maps(logits)
@@ -192,9 +183,15 @@ def frame_metrics(logits, points, label_map, field_of_view=60.0):
     recall, precision = overlap(maps, target)
     predicted = most_likely(logits)
     expected = center_of_mass(maps) / last_cell(maps)
-    return {"recall": recall, "precision": precision, "predicted": predicted,
-            "l2": (predicted - points).norm(dim=1), "l2_mean": (expected - points).norm(dim=1),
-            "auc": area_under_curve(maps, points, target.shape[1:]), "angle": angle(maps, points, field_of_view)}
+    return {
+        "recall": recall,
+        "precision": precision,
+        "predicted": predicted,
+        "l2": (predicted - points).norm(dim=1),
+        "l2_mean": (expected - points).norm(dim=1),
+        "auc": area_under_curve(maps, points, target.shape[1:]),
+        "angle": angle(maps, points),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,23 +205,25 @@ def f1_score(recall, precision):
 class Metrics:
     """Means over all counted frames of a set; keeps sums and never maps.
 
-    dataset gives the true maps of its published evaluation; size, sigma, window: other ones, see data.heatmaps.
-    field_of_view: degrees, of the camera that the angular error is told for.
+    label_map: keywords of data.heatmaps(), for the published evaluation those of data.label_map().
     """
 
-    def __init__(self, dataset="egtea", field_of_view=60.0, **label_map):
-        self.label_map = LABEL_MAPS[dataset] | label_map
-        self.field_of_view = field_of_view
-        self.sums = dict.fromkeys(("recall", "precision", "l2", "l2_mean", "auc", "angle"), 0)
+    def __init__(self, label_map):
+        self.label_map = label_map
+        # a process without a clip has to send as many numbers as the others
+        self.sums = {"recall": torch.zeros_like(THRESHOLDS), "precision": torch.zeros_like(THRESHOLDS)}
+        for name in ("l2", "l2_mean", "auc", "angle"):
+            self.sums[name] = torch.zeros((), dtype=torch.float64)
         self.n_frames = 0
 
     def add(self, logits, points, counted):
         """logits (B, T, h, w), points (B, T, 2), counted (B, T) bool. Returns the frame_metrics of all B * T frames."""
         logits = logits.float().flatten(0, 1)
-        frames = frame_metrics(logits, points.flatten(0, 1), self.label_map, self.field_of_view)
+        frames = frame_metrics(logits, points.flatten(0, 1), self.label_map)
         counted = counted.flatten()
         for name in self.sums:
-            self.sums[name] = self.sums[name] + frames[name][counted].double().sum(0).cpu()
+            values = frames[name][counted]
+            self.sums[name] += values.double().sum(0).cpu()
         self.n_frames += int(counted.sum())
         return frames
 
@@ -237,14 +236,18 @@ class Metrics:
             raise ValueError("no frame of the set has a gaze point that counts: is all of it untracked?")
         means = {}
         for name, total in self.sums.items():
-            sums = run.all_sum(*torch.as_tensor(total).flatten().tolist())
+            sums = run.all_sum(*total.flatten().tolist())
             means[name] = torch.tensor(sums, dtype=torch.float64) / n_frames
 
         # the threshold is chosen once for the whole set
         f1 = f1_score(means["recall"], means["precision"])
         best = int(f1.argmax())
-        result = {"f1": f1[best].item(), "recall": means["recall"][best].item(),
-                  "precision": means["precision"][best].item(), "threshold": THRESHOLDS[best].item()}
+        result = {
+            "f1": f1[best].item(),
+            "recall": means["recall"][best].item(),
+            "precision": means["precision"][best].item(),
+            "threshold": THRESHOLDS[best].item(),
+        }
         for name in ("l2", "l2_mean", "auc", "angle"):
             result[name] = means[name].item()
         return result | {"n_frames": n_frames}
@@ -287,10 +290,10 @@ def random_baseline(seed):
     return method
 
 
-def mean_baseline(train, n_clips):
+def mean_baseline(train):
     """Its probabilities are the mean of the true maps of training clips."""
     total = torch.zeros(64, 64)
-    n_clips = min(n_clips, len(train))
+    n_clips = min(MEAN_CLIPS, len(train))
     for index in torch.linspace(0, len(train) - 1, n_clips).long().tolist():
         item = train[index]
         points = item["points"][item["counted"]]
@@ -319,12 +322,8 @@ def measure(cfg, data, methods):
     all frames in order, as in frame_metrics, with the truth beside."""
     n_clips = min(len(data), cfg.max_clips)
     loader = make_loader(data, shard(n_clips, 0, 1, cfg.batch_size), cfg.n_workers, collate)
-    label_map = {}
-    if cfg.label_size:
-        label_map["size"] = cfg.label_size
-    if cfg.label_sigma:
-        label_map["sigma"] = cfg.label_sigma
-    metrics = {name: Metrics(data.dataset, cfg.field_of_view, **label_map) for name in methods}
+    true_maps = label_map(data.dataset, cfg.label_size, cfg.label_sigma)
+    metrics = {name: Metrics(true_maps) for name in methods}
     parts = []
     keys = []
     for batch in tqdm(loader, desc="evaluating"):
@@ -337,7 +336,9 @@ def measure(cfg, data, methods):
         keys += batch["key"]
 
     results = {name: sums.read() for name, sums in metrics.items()}
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined = {}
+    for name in parts[0]:
+        joined[name] = torch.cat([part[name] for part in parts])
     return results, joined, keys
 
 
@@ -439,7 +440,9 @@ def print_table(split, results, n_clips):
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    _, _, device = run.init_processes(cfg.device)
+    _, world, device = run.init_processes(cfg.device)
+    if world > 1:
+        raise ValueError("evaluation runs in one process: start it as python -m argaze.eval …, without torchrun")
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     report = {"config": asdict(cfg), "splits": {}, "worst": {}}
@@ -456,7 +459,7 @@ def main():
     # the model comes last: single frames and pictures are its
     methods = {"center": center_baseline, "random": random_baseline(cfg.seed), "last": last_baseline}
     try:
-        methods["mean"] = mean_baseline(open_split(cfg, "train", side), cfg.mean_clips)
+        methods["mean"] = mean_baseline(open_split(cfg, "train", side))
     except (OSError, ValueError) as error:
         print(f"no baseline mean: {error}")
     if model is not None:
@@ -470,14 +473,14 @@ def main():
         report["splits"][split] = results
         print_table(split, results, len(keys))
 
-        # 2. single frames, the worst clips and the first ones
+        # 2. single frames and the worst clips
         write_csv(out / f"frames_{split}.csv", frames, keys, results[last]["threshold"])
         worst = find_worst(frames, cfg.n_frames, cfg.worst)
         report["worst"][split] = [(keys[index], distance) for index, distance in worst]
-        rows = {f"{place}. L2 {distance:.3f}": index for place, (index, distance) in enumerate(worst, 1)}
+        rows = {}
+        for place, (index, distance) in enumerate(worst, 1):
+            rows[f"{place}. L2 {distance:.3f}"] = index
         draw_clips(out / f"worst_{split}.png", data, rows, methods[last])
-        rows = {f"clip {index}": index for index in range(min(cfg.shown, len(keys)))}
-        draw_clips(out / f"clips_{split}.png", data, rows, methods[last])
 
     # 3. speed
     if model is not None:
@@ -486,7 +489,7 @@ def main():
         print(f"\none stream: {speed['ms_per_frame']:.1f} ms per frame; running the last {cfg.n_frames} frames anew "
               f"for each: {speed['ms_per_frame_anew']:.1f} ms; streaming saves a factor of {speed['saved']:.1f}")
     write_whole(out / "eval.json", json.dumps(report, indent=1))
-    print(f"{out}: eval.json, frames_*.csv, clips_*.png, worst_*.png")
+    print(f"{out}: eval.json, frames_*.csv, worst_*.png")
 
 
 if __name__ == "__main__":

@@ -58,9 +58,10 @@ class Clip:
 
 def detect(root):
     """Which set lies in the folder, by what is in it."""
-    marks = {"ego4d": ("clips.gaze", "full_scale.gaze", "gaze_frame_label"),
-             "egoexo4d": ("takes.json", "captures", "split_assignments.csv"),
-             "egtea": ("cropped_clips", "gaze_data")}
+    # in this order: gaze_data lies in two of them, and `labels` writes gaze_frame_label for all
+    marks = {"egoexo4d": ("takes.json", "captures", "split_assignments.csv"),
+             "egtea": ("cropped_clips", "gaze_data"),
+             "ego4d": ("clips.gaze", "full_scale.gaze", "gaze_frame_label")}
     if not Path(root).is_dir():
         raise FileNotFoundError(f"root={root} is no folder")
     for dataset, names in marks.items():
@@ -264,7 +265,9 @@ def ego4d_clips(root, split, stride=8):
         end = int(found[4]) * EGO4D_FPS
         window = (first, end)
         if len(fields) == 3:
-            window = (int(to_number(fields[1], path, line)), int(to_number(fields[2], path, line)))
+            window_first = to_number(fields[1], path, line)
+            window_end = to_number(fields[2], path, line)
+            window = (int(window_first), int(window_end))
         if not first <= window[0] < window[1] <= end:
             raise ValueError(f"{path}, line {line}: the window {window[0]}..{window[1]} is not part of the clip, which "
                              f"has the frames {first}..{end} of its video")
@@ -515,7 +518,10 @@ def fill_gaps(rows):
     seen = np.flatnonzero(rows[:, 2] == 1)
     if len(seen) == 0:
         return rows
-    nearest = [seen[abs(seen - t).argmin()] for t in range(len(rows))]
+    nearest = []
+    for t in range(len(rows)):
+        closest = abs(seen - t).argmin()
+        nearest.append(seen[closest])
     return rows[nearest]
 
 

@@ -127,13 +127,14 @@ def table_top(rng, side):
 
 def disc(image, center, radius, color):
     """Paint a disc with a soft edge into image (S, S, 3), in place; center (x, y) in pixels."""
+    size = len(image)
     low = np.floor(center - radius).astype(int).clip(0)
-    high = np.ceil(center + radius + 1).astype(int).clip(0, len(image))
+    high = np.ceil(center + radius + 1).astype(int).clip(0, size)
     rows = slice(low[1], high[1])
     columns = slice(low[0], high[0])
     part = image[rows, columns]
 
-    middles = np.arange(len(image)) + 0.5
+    middles = np.arange(size) + 0.5
     x = middles[columns] - center[0]
     y = middles[rows] - center[1]
     distance = np.hypot(x, y[:, None])
@@ -161,7 +162,8 @@ def render(rng, cfg):
     video = np.empty((cfg.n_frames, cfg.size, cfg.size, 3), np.uint8)
     for t, corner in enumerate(path):
         x, y = np.rint(corner).astype(int)
-        image = table[y:y + cfg.size, x:x + cfg.size].copy()
+        view = table[y:y + cfg.size, x:x + cfg.size]
+        image = view.copy()
         if touched[t]:
             hand(image, places[target[t]] - corner, shoulder, radius)
 

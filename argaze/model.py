@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from lib.cpu import linear, quicken
+from lib.cpu import Linear, linear, quicken
 from lib.weights import announce, assign, download, is_hub_id, read_config, read_tensors, save_folder
 
 DINOV3_S = "facebook/dinov3-vits16-pretrain-lvd1689m"
@@ -48,7 +48,7 @@ class ARGazeConfig:
     decoder_ffn: int = 1536
     head_widths: str = "256+128"       # channels of the head's two stages
     history: int = 3                   # k; 0: no memory of heat maps (published: 3, twocross 5)
-    heatmap_size: int | str = 64       # side of the heat map, or "height x width" (published: 64, twocross 96)
+    heatmap_size: int = 64             # side of the heat map in cells (published: 64, twocross 96)
     template: str = "crop"             # crop | tokens of the last frame, without a second pass | roi: mark it | none
     template_scale: float = 0.35       # its side over the shorter side of the frame (published scripts)
     scene_layers: str = "-3,-2,-1"     # encoder blocks whose outputs are fused: from 1, or backwards from -1
@@ -65,7 +65,7 @@ class ARGazeConfig:
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be one of {', '.join(allowed)}")
 
-        for key in ("image_size", "patch_size", "decoder_layers", "decoder_heads", "decoder_ffn"):
+        for key in ("image_size", "patch_size", "decoder_layers", "decoder_heads", "decoder_ffn", "heatmap_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         if self.history < 0:
@@ -77,16 +77,10 @@ class ARGazeConfig:
 
         whole_numbers("head_widths", self.head_widths, "+", count=2)
         whole_numbers("scene_layers", self.scene_layers, ",")
-        whole_numbers("heatmap_size", self.map_size, "x", count=2)
 
     @property
     def grid(self):  # g
         return self.image_size // self.patch_size
-
-    @property
-    def map_size(self):  # "h x w"
-        size = str(self.heatmap_size)
-        return size if "x" in size else f"{size}x{size}"
 
 
 def whole_numbers(key, text, separator, count=None):
@@ -257,7 +251,10 @@ def crop(frames, centers, scale, size):
     columns = mirrored_range(centers[:, 0], side, width)
 
     clip = torch.arange(len(frames), device=frames.device)
-    square = frames[clip[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (B, side, side, 3)
+    clip = clip[:, None, None]
+    rows = rows[:, :, None]
+    columns = columns[:, None, :]
+    square = frames[clip, :, rows, columns]                              # (B, side, side, 3)
     square = rearrange(square, "b h w c -> b c h w")
     return F.interpolate(square, (size, size), mode="bilinear", align_corners=False)
 
@@ -316,13 +313,12 @@ class Attention(nn.MultiheadAttention):
 
 
 def feed_forward(config, width):
-    network = nn.Sequential(
-        nn.Linear(width, config.decoder_ffn),
+    return nn.Sequential(
+        Linear(width, config.decoder_ffn),
         nn.GELU(),
         nn.Dropout(config.dropout),
-        nn.Linear(config.decoder_ffn, width),
+        Linear(config.decoder_ffn, width),
         nn.Dropout(config.dropout))
-    return quicken(network)
 
 
 class TemplateLayer(nn.Module):
@@ -414,8 +410,8 @@ class ARGaze(nn.Module):
                 raise ValueError(f"scene_layers={c.scene_layers}: the encoder has blocks 1 to {n_blocks}, or -1 to "
                                  f"-{n_blocks}")
         n_scales = len(self.scene_layers)
-        self.multiscale_proj = quicken(nn.ModuleList(nn.Linear(D, D) for _ in range(n_scales)))
-        self.feature_proj = quicken(nn.Sequential(nn.Linear(D * n_scales, D), nn.LayerNorm(D)))
+        self.multiscale_proj = nn.ModuleList(Linear(D, D) for _ in range(n_scales))
+        self.feature_proj = nn.Sequential(Linear(D * n_scales, D), nn.LayerNorm(D))
 
         # tokens of past heat maps, queries, embeddings
         self.hm_to_tokens = nn.Sequential(nn.Conv2d(1, D, 1), nn.LayerNorm([D, c.grid, c.grid]))
@@ -432,8 +428,7 @@ class ARGaze(nn.Module):
         first, second = whole_numbers("head_widths", c.head_widths, "+")
         self.pixel_decoder_conv1 = head_stage(c, D, first)
         self.pixel_decoder_conv2 = head_stage(c, first, second)
-        self.map_size = whole_numbers("heatmap_size", c.map_size, "x")
-        is_large = min(self.map_size) >= LARGE_MAP
+        is_large = c.heatmap_size >= LARGE_MAP
         self.pixel_final_upsample = nn.Sequential(*doubling(c, second)) if is_large else nn.Identity()
         self.pixel_final_proj = nn.Conv2d(second, 1, 1)
         self.freeze()
@@ -595,7 +590,7 @@ class ARGaze(nn.Module):
         x = rearrange(x, "b (h w) d -> b d h w", h=c.grid)
         x = self.pixel_decoder_conv2(self.pixel_decoder_conv1(x))
         x = self.pixel_final_proj(self.pixel_final_upsample(x)).float()
-        return resize(x, self.map_size).squeeze(1), scene
+        return resize(x, (c.heatmap_size, c.heatmap_size)).squeeze(1), scene
 
     def map_tokens(self, history):
         """Past heat maps (B, k, g, g) -> tokens (B, k·N, D)."""

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from argaze.data import LABEL_MAPS, GazeClips, collate, heatmaps
+from argaze.data import GazeClips, collate, heatmaps, label_map
 from argaze.eval import Metrics
 from argaze.model import DINOV3_S, ARGaze, ARGazeConfig, blocks, expected_point, resize, to_probability
 from lib import configurator, run, video_out
@@ -133,7 +133,9 @@ def reverse_kl(logits, target):
     Q = Q / Q.sum(-1, keepdim=True)
 
     log_p = (P + 1e-10).log()
-    kl = (P * (log_p - (Q + 1e-10).log())).sum(-1) / math.log(P.shape[-1])
+    log_q = (Q + 1e-10).log()
+    kl = (P * (log_p - log_q)).sum(-1)
+    kl = kl / math.log(P.shape[-1])
     entropy = -(P * log_p).sum(-1)
     return kl.mean(), entropy.mean()
 
@@ -143,7 +145,8 @@ def coordinate_loss(logits, points, counted, n_counted):
 
     Sum over the counted frames (B, T) divided by n_counted, which the caller counts over the whole batch.
     """
-    distance = F.smooth_l1_loss(expected_point(to_probability(logits, 0.5)), points, reduction="none").sum(-1)
+    predicted = expected_point(to_probability(logits, 0.5))
+    distance = F.smooth_l1_loss(predicted, points, reduction="none").sum(-1)
     return (distance * counted).sum() / n_counted
 
 
@@ -155,7 +158,8 @@ def learning_rate(cfg, epoch, epochs):
     """Cosine from lr to lr_end; during the warm-up linear from lr_start to the cosine's value at its end."""
 
     def cosine(epoch):
-        return cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        height = (1 + math.cos(math.pi * epoch / epochs)) / 2
+        return cfg.lr_end + (cfg.lr - cfg.lr_end) * height
 
     warm = min(cfg.warmup, epochs)
     if epoch < warm:
@@ -226,8 +230,10 @@ def save_picture(path, title, video, logits, points):
     drawn = []
     for t, frame in enumerate(video.permute(0, 2, 3, 1).numpy()):
         x, y = (points[t] * side).tolist()
-        box = (x - side / 20, y - side / 20, x + side / 20, y + side / 20)
-        plain.append(video_out.draw_boxes(frame, [box], "lime", max(1, side // 100)))
+        half = side / 20
+        box = (x - half, y - half, x + half, y + half)
+        picture = video_out.draw_boxes(frame, [box], "lime", max(1, side // 100))
+        plain.append(picture)
 
         heat = video_out.draw_heat(frame, probability[t].numpy())
         place = (predicted[t] * side).tolist()
@@ -284,11 +290,7 @@ def main():
     val_loader = make_loader(val, shard(n_val, rank, world, sampler.micro), cfg.n_workers, collate)
 
     # true maps: those of the data set's evaluation, unless told otherwise
-    label_map = dict(LABEL_MAPS[train.dataset])
-    if cfg.label_size:
-        label_map["size"] = cfg.label_size
-    if cfg.label_sigma:
-        label_map["sigma"] = cfg.label_sigma
+    true_maps = label_map(train.dataset, cfg.label_size, cfg.label_sigma)
 
     # ---- optimizer
     optimizer = make_optimizer(model, cfg)
@@ -309,8 +311,9 @@ def main():
     for step in range(start, total + 1):
         stop = run.stopping()
         if (step % cfg.val_every == 0 or step == total) and not stop:
-            metrics, first = validate(model, val_loader, Metrics(train.dataset, **label_map), autocast, device)
-            log.write(step, total, step - start, **{f"val_{name}": value for name, value in metrics.items()})
+            metrics, first = validate(model, val_loader, Metrics(true_maps), autocast, device)
+            named = {f"val_{name}": value for name, value in metrics.items()}
+            log.write(step, total, step - start, **named)
             badness = metrics["l2"] if cfg.best == "l2" else -metrics["f1"]
             best = keep_best(model, out, badness, best, rank)
             if rank == 0:
@@ -341,7 +344,7 @@ def main():
             video = batch["video"].to(device, non_blocking=True)         # (B, T, 3, R, R) uint8
             points = batch["points"].to(device)                          # (B, T, 2)
             share = len(video) / sampler.local                           # of this process's clips
-            target = heatmaps(points, tracked=batch["tracked"].to(device), **label_map)
+            target = heatmaps(points, tracked=batch["tracked"].to(device), **true_maps)
 
             with sync(last=micro == sampler.n_micro - 1):
                 with autocast:

@@ -9,7 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from argaze.model import ARGaze, ARGazeConfig, block_outputs, crop, position_code, region, sample_tokens
+from argaze.model import (
+    ARGaze,
+    ARGazeConfig,
+    block_outputs,
+    build_encoder,
+    crop,
+    position_code,
+    published_name,
+    region,
+    sample_tokens,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "argaze_tiny"
 SIZES = dict(image_size=64, decoder_layers=2, decoder_heads=4, decoder_ffn=64, head_widths="16+8")
@@ -130,8 +140,8 @@ def test_true_centers_with_predicted_history_are_the_published_ones(want, video)
 # clips and streams
 
 SETTINGS = [dict(), dict(history=0), dict(template="tokens"), dict(template="roi"), dict(template="none"),
-            dict(history_values="logits", heatmap_size="12x20"), dict(compat=True),
-            dict(variant="twocross", history=5), dict(variant="twocross", history=0, heatmap_size="14x9"),
+            dict(history_values="logits", heatmap_size=20), dict(compat=True),
+            dict(variant="twocross", history=5), dict(variant="twocross", history=0, heatmap_size=9),
             dict(scene_layers="-1,1", history=1, decoder_layers=1, head_widths="8+12", heatmap_size=112)]
 
 
@@ -143,7 +153,7 @@ def test_a_stream_equals_the_clip(settings):
     for t in range(5):
         step, state = model.step(video[:, t], state)
         close(step, logits[:, t], atol=1e-5, rtol=0)
-    assert logits.shape[2:] == torch.Size(model.map_size)
+    assert logits.shape[2:] == 2 * (model.config.heatmap_size,)
 
 
 @pytest.mark.parametrize("variant", ["template", "twocross"])
@@ -304,6 +314,17 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
         ARGaze.from_published(path)
 
 
+@pytest.mark.parametrize("file, config", [
+    ("argaze_v1_keys.txt", ARGazeConfig()),
+    ("argaze_v2_keys.txt", ARGazeConfig(variant="twocross", history=5, heatmap_size=96))])
+def test_at_the_published_size_names_and_shapes_are_those_of_the_published_checkpoints(file, config):
+    lines = [line.split("\t") for line in (GOLDEN / file).read_text().splitlines() if not line.startswith("#")]
+    with torch.device("meta"):
+        model = ARGaze(config, build_encoder(config, weights=False))
+    shapes = {published_name(name): str(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    assert shapes == dict(lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # bad input
 
@@ -328,7 +349,7 @@ def test_truth_that_does_not_fit_is_told_so(truth, message):
 @pytest.mark.parametrize("settings, message", [
     (dict(variant="v3"), "variant='v3'"), (dict(history=-1), "history=-1"), (dict(image_size=60), "multiple of patch"),
     (dict(head_widths="16"), "head_widths='16'"), (dict(scene_layers="last"), "scene_layers='last'"),
-    (dict(scene_layers="-9"), "blocks 1 to 3"), (dict(heatmap_size="4x4x4"), "heatmap_size='4x4x4'"),
+    (dict(scene_layers="-9"), "blocks 1 to 3"), (dict(heatmap_size=0), "heatmap_size=0"),
     (dict(decoder_heads=5), "decoder_heads=5"), (dict(encoder="random:64x3"), "4 whole numbers"),
     (dict(template_scale=0.0), "template_scale=0.0")])
 def test_settings_that_no_model_can_have_are_named(settings, message):

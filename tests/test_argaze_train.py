@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_argaze_model import GOLDEN, published
+from two_processes import two_processes
 
 from argaze import make_data, train
 from argaze.model import ARGaze, published_name
@@ -202,12 +203,7 @@ def test_one_process_two_processes_and_accumulation_train_alike(run, toy, tmp_pa
     # DINOv3 jitters its positions in training mode, by one draw per pass: without that passes are alike
     args += ["--train_encoder=false"]
     one, accumulated = run("one", *args), run("accumulated", *args, "--micro_batch=1")
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "argaze.train",
-         *ARGS, *args, f"--root={toy}", f"--out_dir={tmp_path / 'two'}"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stdout + two.stderr
-    assert "batch 4 = 2 clips x 1 micro-batches x 2 processes" in two.stdout
+    two_processes("argaze.train", *ARGS, *args, f"--root={toy}", f"--out_dir={tmp_path / 'two'}")
 
     rows = metrics(one)
     for folder in (accumulated, tmp_path / "two"):
