@@ -109,6 +109,20 @@ def test_cameras_are_drawn_as_published():
     assert rows.tolist() == [18 * t + camera for t, cameras in enumerate(wanted) for camera in sorted(cameras)]
 
 
+def test_heads_beyond_the_limit_are_left_out_as_published(tmp_path):
+    figures = json.loads((GOLDEN.parent / "unigaze_tiny" / "extra.json").read_text())["mae_augment"]
+    head = np.array(figures["head_pose"])
+    write_faces(tmp_path / "a.h5", n=len(head), face_head_pose=head)
+    faces = Faces(tmp_path, size=16, head_limit=figures["head_pose_limit_deg"])
+    assert faces.rows.tolist() == figures["kept_rows"]
+
+
+def test_a_limit_of_heads_needs_their_poses(tmp_path):
+    write_faces(tmp_path / "a.h5", face_head_pose=None)
+    with pytest.raises(FaceError, match=r"a\.h5: has no face_head_pose"):
+        Faces(tmp_path, size=16, head_limit=40)
+
+
 def test_unlabelled_faces_have_nan_not_zero():
     item = Faces(GOLDEN / "gazecapture", GAZECAPTURE, labelled=False)[34]
     assert item["gaze"].isnan().all() and item["head"].isnan().all()

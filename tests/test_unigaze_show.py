@@ -2,13 +2,12 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from piped import piped
 
 from lib import configurator, video_out
 from unigaze import calibrate, find, normalise, show
@@ -115,13 +114,12 @@ def test_the_size_of_the_batch_changes_nothing(ckpt, known_faces, tmp_path):
         assert float(a["pitch"]) == pytest.approx(float(b["pitch"]), abs=2e-3)
 
 
-def test_a_pipe_is_read(ckpt, tmp_path):
+def test_a_pipe_is_read(ckpt, tmp_path, capsys):
     film = write_film(tmp_path / "one.mkv.mp4")
-    command = [sys.executable, "-m", "unigaze.show", "--video=-", f"--ckpt={ckpt}", "--faces=whole",
-               f"--out={tmp_path / 'out'}"]
-    done = subprocess.run(command, input=film.read_bytes(), capture_output=True, cwd=Path(show.__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert b"-: 5 frames, 0 without a face, 5 faces" in done.stdout and (tmp_path / "out" / "live.mp4").exists()
+    with piped(film):
+        run(ckpt, tmp_path / "out", video="-", faces="whole")
+    assert "-: 5 frames, 0 without a face, 5 faces" in capsys.readouterr().out
+    assert (tmp_path / "out" / "live.mp4").exists()
 
 
 def test_a_mirrored_source_is_turned_back(ckpt, known_faces, tmp_path):

@@ -1,8 +1,6 @@
 """UniGaze's training: schedules and figures of the published code, exact resume, processes, the published commands."""
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from two_processes import two_processes
 
 from lib import configurator
 from unigaze import train, train_mae
@@ -64,12 +63,16 @@ def faces(tmp_path_factory):
     return root
 
 
+def arguments(faces, out, script):
+    """Those of every run of a script."""
+    both = [f"--data={faces}", f"--out_dir={out}", *SIZES]
+    if script is train:
+        return [*both, "--protocol=toy"]
+    return [*both, "--protocol=toy_mae", "--decoder_hidden_size=16", "--decoder_depth=1", "--decoder_num_heads=2"]
+
+
 def run_train(monkeypatch, faces, out, *args, script=train):
-    protocol = "toy" if script is train else "toy_mae"
-    sizes = SIZES if script is train else [*SIZES, "--decoder_hidden_size=16", "--decoder_depth=1",
-                                           "--decoder_num_heads=2"]
-    monkeypatch.setattr(sys, "argv", ["train", f"--data={faces}", f"--protocol={protocol}", f"--out_dir={out}", *sizes,
-                                      *args])
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(faces, out, script), *args])
     script.main()
 
 
@@ -79,14 +82,6 @@ def rows(out):
 
 def losses(out):
     return [row["loss"] for row in rows(out) if "loss" in row]
-
-
-def torchrun(*args):
-    """A module and its arguments in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", *args]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,8 +224,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(monkeypatch, face
 def test_two_processes_do_what_one_does_in_training_and_evaluation(monkeypatch, faces, tmp_path):
     args = ["--steps=3", "--drop_path=0.5", "--test_batch_size=5"]
     run_train(monkeypatch, faces, tmp_path / "one", *args, "--batch_size=10")
-    torchrun("unigaze.train", f"--data={faces}", "--protocol=toy", f"--out_dir={tmp_path / 'two'}", *SIZES, *args,
-             "--batch_size=5")
+    two_processes("unigaze.train", *arguments(faces, tmp_path / "two", train), *args, "--batch_size=5")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     close(load_file(tmp_path / "two" / "model.safetensors"), load_file(tmp_path / "one" / "model.safetensors"),
           rtol=1e-3, atol=1e-4)
@@ -244,12 +238,18 @@ def test_two_processes_do_what_one_does_in_training_and_evaluation(monkeypatch, 
     np.testing.assert_allclose(np.loadtxt(tmp_path / "test" / answer, delimiter=","), trained, atol=1e-6)
 
 
-def test_what_the_autoencoder_hides_does_not_depend_on_how_a_step_is_divided(monkeypatch, faces, tmp_path):
+def test_the_autoencoder_trains_alike_however_a_step_is_divided_also_over_two_processes(monkeypatch, faces, tmp_path):
     whole = ["--steps=2", "--batch_size=8", "--grad_accumulation_steps=1"]
     run_train(monkeypatch, faces, tmp_path / "whole", *whole, script=train_mae)
     parts = ["--steps=2", "--batch_size=2", "--grad_accumulation_steps=4"]
     run_train(monkeypatch, faces, tmp_path / "parts", *parts, script=train_mae)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+    two = ["--steps=2", "--batch_size=4", "--grad_accumulation_steps=1"]
+    two_processes("unigaze.train_mae", *arguments(faces, tmp_path / "two", train_mae), *two)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    close(load_file(tmp_path / "two" / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors"),
+          rtol=1e-3, atol=1e-4)
 
 
 def test_mode_test_needs_no_training_data(monkeypatch, faces, tmp_path, capsys):

@@ -25,7 +25,9 @@ def read_targets(path):
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                targets[int(row["frame"])] = np.array([float(row["x"]), float(row["y"]), float(row["z"])])
+                frame = int(row["frame"])
+                position = [float(row[axis]) for axis in "xyz"]
+                targets[frame] = np.array(position)
     except FileNotFoundError:
         raise FileNotFoundError(f"targets={path}: no such file") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -36,16 +38,20 @@ def read_targets(path):
 def fit(predicted, true):
     """Matrix (2, 2) and offset (2,) that bring predicted angles (n, 2) to the true ones. From three directions on an
     affine map, with fewer an offset."""
-    wanted = true - predicted                          # what must be added
-    if len(np.unique(true.round(2), axis=0)) < 3:
-        return np.eye(2), wanted.mean(axis=0)
+    correction = true - predicted
+    offset = correction.mean(axis=0)
+    directions = np.unique(true.round(2), axis=0)
+    if len(directions) < 3:
+        return np.eye(2), offset
 
-    # ridge regression of what must be added
-    x = predicted - predicted.mean(axis=0)
-    y = wanted - wanted.mean(axis=0)
+    # ridge regression of the correction
+    middle = predicted.mean(axis=0)
+    x = predicted - middle
+    y = correction - offset
     A = x.T @ x + SHRINK * len(x) * np.eye(2)
-    change = np.linalg.solve(A, x.T @ y).T
-    offset = wanted.mean(axis=0) - change @ predicted.mean(axis=0)
+    b = x.T @ y
+    change = np.linalg.solve(A, b).T
+    offset = offset - change @ middle
     return np.eye(2) + change, offset
 
 

@@ -188,18 +188,18 @@ def protocol(name):
     return PROTOCOLS[name]
 
 
-def open_set(root, name, size=224, labelled=True, seed=0):
+def open_set(root, name, size=224, labelled=True, head_limit=None):
     """The set `name` of SETS as Faces, from its folder under `root`."""
     if name not in SETS:
         raise ValueError(f"there is no set {name!r}, only {', '.join(SETS)}")
-    return Faces(Path(root, SETS[name].folder), SETS[name], name, size, labelled, seed)
+    return Faces(Path(root, SETS[name].folder), SETS[name], name, size, labelled, head_limit=head_limit)
 
 
-def open_sets(root, names, size=224, labelled=True, seed=0):
+def open_sets(root, names, size=224, labelled=True, head_limit=None):
     """Several sets as one, one after the other; every face counts the same, as published."""
     if not names:
         raise ValueError("no set to read: the protocol names none")
-    return Concat([open_set(root, name, size, labelled, seed) for name in names])
+    return Concat([open_set(root, name, size, labelled, head_limit) for name in names])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,15 +272,18 @@ class Faces(torch.utils.data.Dataset):
 
     folder: of the .h5 files. split: which of them, and how they are stored. size: of the images, None: as stored.
     labelled: raise FaceError, here and not after hours, where a file has no gaze. Files are opened when a worker first
-    reads them. Which faces are drawn (views, share) depends on `seed` only. item index + epoch · len(self) is the same
-    face: what a trainer draws for it (a crop, a flip) can depend on "index" alone, so that a resumed run equals an
-    uninterrupted one. An unreadable face is replaced by the first of the next file, with a warning: never silently,
-    never fatally.
+    reads them. Which faces are drawn (views, share) depends on `seed` only; the published draw is that of 0, whatever
+    the seed of the training. head_limit: leave out heads turned by so many degrees or more. item index + epoch ·
+    len(self) is the same face: what a trainer draws for it (a crop, a flip) can depend on "index" alone, so that a
+    resumed run equals an uninterrupted one. An unreadable face is replaced by the first of the next file, with a
+    warning: never silently, never fatally.
     """
 
-    def __init__(self, folder, split=None, name="faces", size=224, labelled=True, seed=0):
+    def __init__(self, folder, split=None, name="faces", size=224, labelled=True, seed=0, head_limit=None):
         self.split = split or Split(str(folder))
-        self.name, self.size, self.labelled = name, size, labelled
+        self.name = name
+        self.size = size
+        self.labelled = labelled
         self.paths = list_subjects(Path(folder), self.split, name)
 
         # of every face the file it is in, and its row there
@@ -289,6 +292,8 @@ class Faces(torch.utils.data.Dataset):
         rows = []
         for number, path in enumerate(self.paths):
             chosen = choose_rows(inspect_file(path, labelled), self.split, generator)
+            if head_limit is not None:
+                chosen = facing_rows(path, chosen, head_limit)
             files.append(np.full(len(chosen), number))
             rows.append(chosen)
         self.files = np.concatenate(files)
@@ -413,6 +418,16 @@ def choose_rows(n, split, generator):
     return np.array(rows, dtype=np.int64)[::split.every]
 
 
+def facing_rows(path, rows, head_limit):
+    """Those rows of a file whose head is turned by less than head_limit degrees, pitch and yaw together (published)."""
+    with open_file(path) as file:
+        if "face_head_pose" not in file:
+            raise FaceError(f"{path}: has no face_head_pose, which limit_head_pose needs")
+        head = file["face_head_pose"][:][rows]
+    turned = np.linalg.norm(head, axis=1)
+    return rows[turned < np.radians(head_limit)]
+
+
 def collate(items):
     """Items of Faces -> one batch: image (B, 3, S, S) uint8, gaze and head (B, 2) float32, subject, row, index (B,)
     int64, lists of key, set and path; unreadable files of all items in one list."""
@@ -481,7 +496,9 @@ def find_mistakes(batch, labelled):
     complaints = []
     images = batch["image"].numpy().astype(np.float64)                         # (n, 3, S, S)
     S = images.shape[-1]
-    middle = images[:, :, S // 3:2 * S // 3, S // 4:3 * S // 4]
+    rows = slice(S // 3, 2 * S // 3)
+    columns = slice(S // 4, 3 * S // 4)
+    middle = images[:, :, rows, columns]
     red, _, blue = middle.mean(axis=(0, 2, 3))
     if blue > red + 3:
         complaints.append(f"skin is more blue ({blue:.0f}) than red ({red:.0f}): is the order on disk the other one? "
@@ -520,7 +537,9 @@ def iris_offset(grey):
     S = grey.shape[-1]
     total = 0
     for left, right in ((0.19, 0.38), (0.62, 0.81)):
-        eye = grey[:, round(0.30 * S):round(0.45 * S), round(left * S):round(right * S)]
+        rows = slice(round(0.30 * S), round(0.45 * S))
+        columns = slice(round(left * S), round(right * S))
+        eye = grey[:, rows, columns]
         middle_grey = np.median(eye, axis=(1, 2), keepdims=True)
         dark = (middle_grey - eye).clip(0)
         x = np.linspace(-1, 1, eye.shape[2])

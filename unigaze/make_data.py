@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from lib import configurator
@@ -87,9 +88,11 @@ IRIS = np.array([[54, 34, 20], [60, 92, 120], [70, 96, 60]])
 def rotation(angles):
     """(N, 2) pitch, yaw of a head's z axis (out of its back) -> (N, 3, 3) with its x, y and z axes as columns, in a
     camera with x right, y down, z away; no roll, as after normalisation."""
-    z = to_vector(angles)
     yaw = angles[:, 1]
-    x = np.stack([np.cos(yaw), np.zeros_like(yaw), -np.sin(yaw)], axis=1)
+    z = to_vector(angles)
+    x = np.zeros_like(z)
+    x[:, 0] = np.cos(yaw)
+    x[:, 2] = -np.sin(yaw)
     y = np.cross(z, x)
     return np.stack([x, y, z], axis=2)
 
@@ -102,6 +105,8 @@ def draw_subject(rng, style):
     """Shape and colours of one person; lengths in half widths of the head."""
     skin = np.array([224, 172, 138]) * rng.uniform(*style.skin)
     skin = skin + rng.normal(0, 6, 3)
+
+    # FORK: more kinds of people are more draws here and a line where they are painted
     return {
         "axes": np.array([1.0, rng.uniform(1.22, 1.42), rng.uniform(1.0, 1.15)]),
         "skin": skin.clip(30, 250),
@@ -164,13 +169,17 @@ def hit_ellipsoid(origin, direction, centre, axes):
     b = o @ d
     c = (o * o).sum(axis=1) - 1
     root = b * b - a * c
-
     is_hit = root > 0
-    t = (-b - np.sqrt(root.clip(0))) / a
-    point = o + np.where(is_hit, t, 0)[:, None] * d
+    root = np.sqrt(root.clip(0))
+    t = (-b - root) / a
+
+    # the normal is the gradient there
+    reached = np.where(is_hit, t, 0)
+    point = o + reached[:, None] * d
     normal = point / axes
     length = np.linalg.norm(normal, axis=1, keepdims=True)
-    return np.where(is_hit, t, np.inf), normal / length.clip(1e-9)
+    distance = np.where(is_hit, t, np.inf)
+    return distance, normal / length.clip(1e-9)
 
 
 def paint_head(p, person):
@@ -179,16 +188,24 @@ def paint_head(p, person):
     is_front = z < 0
     color = np.repeat(person["skin"][None], len(p), axis=0)
 
-    is_chin = (y > person["mouth_y"] - 0.22) & (z < 0.2)
+    # beard
+    chin = person["mouth_y"] - 0.22
+    is_chin = (y > chin) & (z < 0.2)
     color[is_chin] *= person["beard"]
-    is_hair = (y < person["hairline"] + 0.25 * x * x) | (z > 0.25)
+
+    # hair, above a curved line and behind
+    hairline = person["hairline"] + 0.25 * x * x
+    is_hair = (y < hairline) | (z > 0.25)
     color[is_hair] = person["hair"]
 
-    beside = abs(x) - person["eye_x"]                          # of the middle of an eye
+    # brows, curved above the middle of each eye
+    beside = abs(x) - person["eye_x"]
     brow_y = person["eye_y"] - 0.30 + 0.6 * beside ** 2
-    is_brow = is_front & (abs(y - brow_y) < person["brow"]) & (abs(beside) < 0.24)
+    is_brow = is_front & (abs(beside) < 0.24)
+    is_brow &= abs(y - brow_y) < person["brow"]
     color[is_brow] = 0.7 * person["hair"] + 0.3 * color[is_brow]
 
+    # lips
     u = x / person["mouth_width"]
     v = (y - person["mouth_y"]) / 0.09
     is_lips = is_front & (u * u + v * v < 1)
@@ -199,15 +216,22 @@ def paint_head(p, person):
 def paint_eye(p, side, person, opening, sight, direction):
     """One eye, where its lids are open: which points p (P, 3) of the head show it (P,), their colour and normal.
     side: -1 for the eye on the left of the picture, 1 for the other."""
-    depth, height = person["axes"][2], person["axes"][1]
-    u = (p[:, 0] - side * person["eye_x"]) / person["eye_width"]
-    v = (p[:, 1] - person["eye_y"]) / (0.62 * person["eye_width"] * opening)
-    is_open = (u * u + v * v < 1) & (p[:, 2] < 0)
+    x, y, z = p.T
+    _, height, depth = person["axes"]
+    eye_x = person["eye_x"]
+    eye_y = person["eye_y"]
+    width = person["eye_width"]
+    radius = person["eye_radius"]
+
+    # the slit between the lids is an ellipse
+    u = (x - side * eye_x) / width
+    v = (y - eye_y) / (0.62 * width * opening)
+    is_open = (u * u + v * v < 1) & (z < 0)
 
     # the eyeball lies just behind the surface of the head
-    front = depth * math.sqrt(1 - person["eye_x"] ** 2 - (person["eye_y"] / height) ** 2)
-    centre = np.array([side * person["eye_x"], person["eye_y"], 0.92 * person["eye_radius"] - front])
-    t, normal = hit_ellipsoid(p[is_open], direction, centre, person["eye_radius"])
+    front = depth * math.sqrt(1 - eye_x ** 2 - (eye_y / height) ** 2)
+    centre = np.array([side * eye_x, eye_y, 0.92 * radius - front])
+    t, normal = hit_ellipsoid(p[is_open], direction, centre, radius)
 
     # white, iris and pupil by the angle to the line of sight, and the shadow of the upper lid
     angle = np.arccos((normal @ sight).clip(-1, 1))
@@ -222,37 +246,48 @@ def paint_eye(p, side, person, opening, sight, direction):
 def render(person, views, i, style, rng, size):
     """One face, (S, S, 3) uint8 RGB. Twice the resolution, averaged; rays are parallel."""
     turn = views["rotations"][i]
+    depth = person["axes"][2]
+
+    # one ray per pixel; between eyes and nose is the middle of a crop
     grid = ZOOM * ((np.arange(2 * size) + 0.5) / size - 1)
     y, x = np.meshgrid(grid, grid, indexing="ij")
-    centre = turn @ [0, 0.12, -0.9 * person["axes"][2]]        # between eyes and nose: the middle of a crop
-    origin = np.stack([x + centre[0], y + centre[1], np.full_like(x, -5)], axis=-1)
+    middle_x, middle_y, _ = turn @ [0, 0.12, -0.9 * depth]
+    start = np.full_like(x, -5)
+    origin = np.stack([x + middle_x, y + middle_y, start], axis=-1)
     origin = origin.reshape(-1, 3) @ turn                      # (P, 3) in the head's frame
     direction = turn[2]
 
     # background: two colours, plain or in bars
-    waves = np.sin(x * rng.uniform(1, 9) + y * rng.uniform(-6, 6))
+    slope_x = rng.uniform(1, 9)
+    slope_y = rng.uniform(-6, 6)
+    waves = np.sin(x * slope_x + y * slope_y)
     share = 0.5 + 0.5 * style.busy * waves + 0.1 * y
+    share = share.reshape(-1, 1)
     first, second = views["background"][i]
-    color = first + share.reshape(-1, 1) * (second - first)
+    color = first + share * (second - first)
     color = color.clip(0, 255)
 
     # the head
     far, normal = hit_ellipsoid(origin, direction, np.zeros(3), person["axes"])
     is_head = np.isfinite(far)
-    p = origin + np.where(is_head, far, 0)[:, None] * direction
+    distance = np.where(is_head, far, 0)
+    p = origin + distance[:, None] * direction
     color[is_head] = paint_head(p[is_head], person)
 
     # the eyes
+    opening = views["opening"][i]
+    sight = views["sight"][i]
     for side in (-1, 1):
-        is_open, eye, eye_normal = paint_eye(p, side, person, views["opening"][i], views["sight"][i], direction)
+        is_open, eye, eye_normal = paint_eye(p, side, person, opening, sight, direction)
         is_seen = is_head[is_open]
         is_open &= is_head
         color[is_open] = eye[is_seen]
         normal[is_open] = 0.5 * normal[is_open] + 0.5 * eye_normal[is_seen]
 
     # the nose, where it is in front
-    tip = np.array([0, 0.22, -person["axes"][2]])
-    near, nose_normal = hit_ellipsoid(origin, direction, tip, person["nose"] * np.array([0.13, 0.30, 0.22]))
+    tip = np.array([0, 0.22, -depth])
+    axes = person["nose"] * np.array([0.13, 0.30, 0.22])
+    near, nose_normal = hit_ellipsoid(origin, direction, tip, axes)
     is_nose = near < far
     color[is_nose] = person["skin"]
     normal[is_nose] = nose_normal[is_nose]
@@ -260,13 +295,17 @@ def render(person, views, i, style, rng, size):
     # light and its colour, blur, sensor
     light = turn.T @ views["light"][i]
     ambient = views["ambient"][i]
-    shade = ambient + (1 - ambient) * (normal @ light).clip(0)
-    shade[~(is_head | is_nose)] = 1
+    facing = (normal @ light).clip(0)
+    shade = ambient + (1 - ambient) * facing
+    is_background = ~(is_head | is_nose)
+    shade[is_background] = 1
     color = color * shade[:, None] * views["exposure"][i] * views["tint"][i]
-    image = color.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
+    image = color.reshape(size, 2, size, 2, 3)
+    image = image.mean(axis=(1, 3))
     image = blur(image, views["blur"][i] * size / 48)
     image = image + rng.normal(0, style.noise, image.shape)
-    return image.round().clip(0, 255).astype(np.uint8)
+    image = image.round().clip(0, 255)
+    return image.astype(np.uint8)
 
 
 def blur(image, sigma):
@@ -274,13 +313,14 @@ def blur(image, sigma):
     if sigma < 0.1:
         return image
     reach = math.ceil(3 * sigma)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    distance = np.arange(-reach, reach + 1)
+    kernel = np.exp(-0.5 * (distance / sigma) ** 2)
     kernel = kernel / kernel.sum()
     for axis in (0, 1):
         border = [(0, 0)] * 3
         border[axis] = (reach, reach)
         padded = np.pad(image, border, mode="edge")
-        windows = np.lib.stride_tricks.sliding_window_view(padded, len(kernel), axis=axis)
+        windows = sliding_window_view(padded, len(kernel), axis=axis)
         image = windows @ kernel
     return image
 
@@ -295,13 +335,18 @@ def write_subject(job):
     if path.exists():
         return
     style = STYLES[name]
-    rng = np.random.default_rng([cfg.seed, list(STYLES).index(name), number])
+    number_of_set = list(STYLES).index(name)
+    rng = np.random.default_rng([cfg.seed, number_of_set, number])
     person = draw_subject(rng, style)
     views = draw_views(rng, style, cfg.n_faces)
-    faces = [render(person, views, i, style, rng, cfg.size) for i in range(cfg.n_faces)]
+    faces = []
+    for i in range(cfg.n_faces):
+        face = render(person, views, i, style, rng, cfg.size)
+        faces.append(face)
 
+    faces = np.stack(faces)
     columns = {
-        "face_patch": np.stack(faces)[..., ::-1],              # BGR on disk, as published
+        "face_patch": faces[..., ::-1],                        # BGR on disk, as published
         "face_gaze": views["gaze"].astype(np.float32),
         "face_head_pose": views["head"].astype(np.float32),
     }
@@ -315,7 +360,9 @@ def write_subject(job):
 def claim_folder(cfg):
     """Note the settings in <out>/make_data.json. Two sets of settings in one folder would be a third set: refuse."""
     note = Path(cfg.out, "make_data.json")
-    settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "n_workers")}
+    settings = asdict(cfg)
+    for key in ("out", "n_workers"):
+        del settings[key]
     if note.exists() and json.loads(note.read_text()) != settings:
         raise SystemExit(f"error: {cfg.out} holds faces made with other settings ({note}): delete it, or give "
                          "another --out")
@@ -326,11 +373,14 @@ def claim_folder(cfg):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     claim_folder(cfg)
+    root = Path(cfg.out)
     jobs = []
     for i in range(cfg.n_xgaze):
-        jobs.append((Path(cfg.out, "toy_xgaze", f"subject{i:04d}.h5"), "toy_xgaze", i, cfg))
+        path = root / "toy_xgaze" / f"subject{i:04d}.h5"
+        jobs.append((path, "toy_xgaze", i, cfg))
     for i in range(cfg.n_mpii):
-        jobs.append((Path(cfg.out, "toy_mpii", f"p{i:02d}.h5"), "toy_mpii", i, cfg))
+        path = root / "toy_mpii" / f"p{i:02d}.h5"
+        jobs.append((path, "toy_mpii", i, cfg))
 
     context = multiprocessing.get_context("spawn")             # the same on every system
     with context.Pool(cfg.n_workers) as pool:

@@ -25,6 +25,7 @@ FOCAL = 960.0            # of the virtual camera, in pixels
 DISTANCE = 600.0         # of the face in front of it, in mm
 SIZE = 224               # side of its picture, in pixels
 ARROW_LENGTH = 168.0     # mm
+MAX_SOURCE = 2 ** 30     # of the position of a source pixel, in 1/32 pixel: beyond every picture
 
 # Outer and inner corner of the eye on the left of the picture, inner and outer corner of the other, nostrils left and
 # right: points 33, 133, 362, 263, 98, 327 of MediaPipe's canonical face (Apache-2.0) in cm, x right, y down, z away.
@@ -50,36 +51,41 @@ FIFTY_OF_68 = [8, *range(17, 60), 61, 62, 63, 65, 66, 67]   # the 50-point model
 def to_vector(angles):
     """(..., 2) pitch, yaw -> (..., 3) unit vector."""
     angles = np.asarray(angles, dtype=np.float64)
-    pitch = angles[..., 0]
-    yaw = angles[..., 1]
-    x = np.cos(pitch) * np.sin(yaw)
+    pitch, yaw = np.moveaxis(angles, -1, 0)
+    level = np.cos(pitch)
+    x = level * np.sin(yaw)
     y = np.sin(pitch)
-    z = np.cos(pitch) * np.cos(yaw)
+    z = level * np.cos(yaw)
     return np.stack([x, y, z], axis=-1)
 
 
 def to_pitchyaw(vector):
     """(..., 3), any length above 0 -> (..., 2) pitch, yaw."""
-    v = np.asarray(vector, dtype=np.float64)
-    v = v / np.linalg.norm(v, axis=-1, keepdims=True)
-    pitch = np.arcsin(v[..., 1].clip(-1, 1))
-    yaw = np.arctan2(v[..., 0], v[..., 2])
+    vector = np.asarray(vector, dtype=np.float64)
+    length = np.linalg.norm(vector, axis=-1, keepdims=True)
+    unit = vector / length
+    x, y, z = np.moveaxis(unit, -1, 0)
+    y = y.clip(-1, 1)
+    pitch = np.arcsin(y)
+    yaw = np.arctan2(x, z)
     return np.stack([pitch, yaw], axis=-1)
 
 
 def rotation_matrix(vector):
     """(..., 3) axis times angle -> (..., 3, 3), by Rodrigues' formula."""
     vector = np.asarray(vector, dtype=np.float64)
-    angle = np.linalg.norm(vector, axis=-1)[..., None, None]
-    axis = vector / np.maximum(angle[..., 0], 1e-300)
+    angle = np.linalg.norm(vector, axis=-1, keepdims=True)
+    axis = vector / angle.clip(1e-300)
 
-    # the matrix that takes the cross product with the axis
-    cross = np.zeros((*vector.shape[:-1], 3, 3))
-    cross[..., 0, 1] = -axis[..., 2]
-    cross[..., 0, 2] = axis[..., 1]
-    cross[..., 1, 2] = -axis[..., 0]
-    cross = cross - cross.swapaxes(-1, -2)
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    # cross @ v is the cross product of axis and v
+    unit = np.eye(3)
+    cross = np.cross(axis[..., None, :], unit)
+    cross = -cross
+
+    angle = angle[..., None]
+    sin = np.sin(angle)
+    cos = np.cos(angle)
+    return unit + sin * cross + (1 - cos) * cross @ cross
 
 
 def camera_matrix(fx, fy, cx, cy):
@@ -88,8 +94,10 @@ def camera_matrix(fx, fy, cx, cy):
 
 def project(points, K):
     """(..., 3) in the camera -> (..., 2) pixels."""
-    p = np.asarray(points) @ np.asarray(K).T
-    return p[..., :2] / p[..., 2:]
+    K = np.asarray(K)
+    homogeneous = points @ K.T
+    depth = homogeneous[..., 2:]
+    return homogeneous[..., :2] / depth
 
 
 FACE_MODEL = 10 * CANONICAL @ rotation_matrix(HEAD_TURN)   # (6, 3) mm
@@ -129,43 +137,46 @@ def head_pose(points, model, K, steps=50):
     points = np.asarray(points, dtype=np.float64)
     K = np.asarray(K, dtype=np.float64)
     R = starting_rotations()                                           # (P, 3, 3)
-
-    # distance from the spread of the points, position from their mean
-    spread = np.linalg.norm(model - model.mean(axis=0)) / np.linalg.norm(points - points.mean(axis=0))
-    ray = np.linalg.inv(K) @ [*points.mean(axis=0), 1]
-    t = ray * spread * K[0, 0] - R @ model.mean(axis=0)                # (P, 3)
-
+    t = starting_translation(points, model, K)
+    t = t - R @ model.mean(axis=0)                                     # (P, 3)
     damping = np.full(len(R), 1e-3)
-    p, error = residuals(R, t, model, points, K)
-    cost = (error ** 2).sum(axis=(1, 2))
-    for _ in range(steps):
-        J = jacobian(p, t, K)                                          # (P, 2N, 6)
-        J_t = J.transpose(0, 2, 1)
-        A = J_t @ J
-        b = J_t @ error.reshape(len(R), -1, 1)
-        diagonal = np.diagonal(A, axis1=1, axis2=2) + 1e-12
-        A = A + (damping[:, None] * diagonal)[:, None] * np.eye(6)
-        step = -np.linalg.solve(A, b)[..., 0]
+    error, J = linearise(R, t, model, points, K)
+    cost = np.square(error).sum(axis=1)                                # (P,)
 
-        new_R = rotation_matrix(step[:, :3]) @ R
+    for _ in range(steps):
+        # a step of Gauss and Newton, shortened by the damping
+        J_t = J.swapaxes(1, 2)
+        A = J_t @ J                                                    # (P, 6, 6)
+        b = J_t @ error[:, :, None]
+        diagonal = A.diagonal(axis1=1, axis2=2) + 1e-12
+        diagonal = damping[:, None] * diagonal
+        A = A + diagonal[:, None] * np.eye(6)
+        step = -np.linalg.solve(A, b).squeeze(2)                       # (P, 6)
+
+        turn = rotation_matrix(step[:, :3])
+        new_R = turn @ R
         new_t = t + step[:, 3:]
-        new_p, new_error = residuals(new_R, new_t, model, points, K)
-        new_cost = (new_error ** 2).sum(axis=(1, 2))
+        new_error, new_J = linearise(new_R, new_t, model, points, K)
+        new_cost = np.square(new_error).sum(axis=1)
 
         # keep what became better; elsewhere a more cautious step next time
         better = new_cost < cost
         R[better] = new_R[better]
         t[better] = new_t[better]
-        p[better] = new_p[better]
+        J[better] = new_J[better]
         error[better] = new_error[better]
         cost[better] = new_cost[better]
-        damping = np.where(better, damping / 5, damping * 4).clip(1e-12, 1e8)
+        damping = np.where(better, damping / 5, damping * 4)
+        damping = damping.clip(1e-12, 1e8)
 
     # six points lie almost in a plane, so two poses can explain them equally well: people face the camera
-    likely = cost <= 2 * cost.min() + 1e-12
+    limit = 2 * cost.min() + 1e-12
+    is_likely = cost <= limit
     facing = R[:, 2, 2]
-    likely &= facing > facing[likely].max() - 0.1
-    best = np.where(likely, cost, np.inf).argmin()
+    most = facing[is_likely].max()
+    is_likely &= facing > most - 0.1
+    cost[~is_likely] = np.inf
+    best = cost.argmin()
     return R[best], t[best]
 
 
@@ -180,31 +191,38 @@ def starting_rotations():
     return np.stack(rotations)
 
 
-def residuals(R, t, model, points, K):
-    """Model points in the camera (P, N, 3), and how far from the landmarks they fall (P, N, 2) in pixels."""
-    p = model @ R.transpose(0, 2, 1) + t[:, None]
+def starting_translation(points, model, K):
+    """(3,) mm: the distance from the spread of the landmarks, the direction from their mean."""
+    middle = points.mean(axis=0)
+    size = np.linalg.norm(points - middle)
+    model_size = np.linalg.norm(model - model.mean(axis=0))
+    distance = K[0, 0] * model_size / size
+    ray = np.linalg.inv(K) @ [*middle, 1]
+    return distance * ray
+
+
+def linearise(R, t, model, points, K):
+    """(errors (P, 2N): how far from the landmarks the model falls, in pixels; their derivatives (P, 2N, 6) by a turn w
+    of the head, R <- exp(w) R, and by its translation). K without skew."""
+    turned = model @ R.swapaxes(1, 2)
+    p = turned + t[:, None]                                            # (P, N, 3)
     error = project(p, K) - points
     is_behind = (p[..., 2] <= 1).any(axis=1)
     error[is_behind] = 1e9
-    return p, error
 
-
-def jacobian(p, t, K):
-    """(P, 2N, 6): how the pixels of p (P, N, 3) move when the head turns by w (R <- exp(w) R) and moves by t."""
-    fx = K[0, 0]
-    fy = K[1, 1]
-    x, y, z = np.moveaxis(p, -1, 0)
-    by_point = np.zeros((*p.shape[:2], 2, 3))                          # pixels by coordinates in the camera
-    by_point[..., 0, 0] = fx / z
-    by_point[..., 0, 1] = K[0, 1] / z
-    by_point[..., 0, 2] = -(fx * x + K[0, 1] * y) / z ** 2
-    by_point[..., 1, 1] = fy / z
-    by_point[..., 1, 2] = -fy * y / z ** 2
+    # pixels by coordinates in the camera
+    focal = K.diagonal()[:2]
+    slope = focal / p[..., 2:]                                         # (P, N, 2)
+    by_point = np.zeros((*p.shape[:2], 2, 3))
+    by_point[..., 0, 0] = slope[..., 0]
+    by_point[..., 1, 1] = slope[..., 1]
+    by_point[..., 2] = -slope * p[..., :2] / p[..., 2:]
 
     # turning by w moves q by w x q, and d · (w x q) = w · (q x d)
-    q = p - t[:, None]
-    by_turn = np.cross(q[..., None, :], by_point)
-    return np.concatenate([by_turn, by_point], axis=-1).reshape(len(p), -1, 6)
+    by_turn = np.cross(turned[..., None, :], by_point)
+    J = np.concatenate([by_turn, by_point], axis=-1)
+    n = len(p)
+    return error.reshape(n, -1), J.reshape(n, -1, 6)
 
 
 def face_centre(model, R, t):
@@ -226,42 +244,57 @@ def normalisation(K, head_rotation, centre, focal=FOCAL, distance=DISTANCE, size
     distance: 960 and 600 for 224 pixels; 960, 300 for 448 gives the same view at twice the size.
     """
     # the virtual camera looks at the face and holds the head's x axis level
-    d = np.linalg.norm(centre)
-    z = centre / d
+    true_distance = np.linalg.norm(centre)
+    z = centre / true_distance
     down = np.cross(z, head_rotation[:, 0])
     down = down / np.linalg.norm(down)
     right = np.cross(down, z)
     right = right / np.linalg.norm(right)
     R = np.stack([right, down, z])
 
-    S = np.diag([1, 1, distance / d])
-    K_n = camera_matrix(focal, focal, size / 2, size / 2)
-    return R, K_n @ S @ R @ np.linalg.inv(K)
+    # from pixels to directions, turned, moved to the fixed distance, to pixels of the virtual camera
+    S = np.diag([1, 1, distance / true_distance])
+    middle = size / 2
+    K_n = camera_matrix(focal, focal, middle, middle)
+    W = K_n @ S @ R @ np.linalg.inv(K)
+    return R, W
 
 
 def warp(image, W, size=SIZE):
     """(H, W, C) uint8 through a homography -> (size, size, C) uint8: bilinear, black outside. Source positions are
     rounded to 1/32 pixel as OpenCV's warpPerspective does, so the bytes are the same."""
-    height, width = image.shape[:2]
-    x, y = np.meshgrid(np.arange(size), np.arange(size))
-    target = np.stack([x, y, np.ones_like(x)], axis=-1)                # (S, S, 3)
-    source = target @ np.linalg.inv(W).T
-    source = np.rint(32 * source[..., :2] / source[..., 2:])
-    source = source.clip(-2 ** 30, 2 ** 30).astype(np.int64)
+    # source of every pixel of the crop, in 1/32 pixel
+    y, x = np.indices((size, size))
+    target = np.stack([x, y], axis=-1)
+    ones = np.ones((size, size, 1))
+    target = np.concatenate([target, ones], axis=-1)                   # (S, S, 3)
+    source = 32 * project(target, np.linalg.inv(W))
+    source = np.rint(source).clip(-MAX_SOURCE, MAX_SOURCE)
+    x, y = np.moveaxis(source.astype(np.int64), -1, 0)
 
-    # whole pixels, and the part of a pixel that goes beyond, in 1/32
-    left, top = np.moveaxis(source >> 5, -1, 0)
-    part_x, part_y = np.moveaxis(source & 31, -1, 0)
-    total = np.zeros((size, size, image.shape[2]), dtype=np.int64)
-    for dy, weight_y in ((0, 32 - part_y), (1, part_y)):
-        for dx, weight_x in ((0, 32 - part_x), (1, part_x)):
-            yy = top + dy
-            xx = left + dx
-            is_inside = (yy >= 0) & (yy < height) & (xx >= 0) & (xx < width)
-            pixels = image[yy.clip(0, height - 1), xx.clip(0, width - 1)]
-            weight = weight_y * weight_x * is_inside
-            total += pixels * weight[..., None]
-    return ((total + 512) >> 10).astype(np.uint8)
+    # the four pixels around it, and the weight of the right and of the lower ones
+    left = x // 32
+    top = y // 32
+    right_weight = x % 32
+    lower_weight = y % 32
+    total = weighted(image, top, left, (32 - lower_weight) * (32 - right_weight))
+    total += weighted(image, top, left + 1, (32 - lower_weight) * right_weight)
+    total += weighted(image, top + 1, left, lower_weight * (32 - right_weight))
+    total += weighted(image, top + 1, left + 1, lower_weight * right_weight)
+    rounded = (total + 512) // 1024
+    return rounded.astype(np.uint8)
+
+
+def weighted(image, row, column, weight):
+    """Pixels (S, S, C) of image at row, column (S, S), times weight (S, S); outside of the image 0."""
+    last_row = image.shape[0] - 1
+    last_column = image.shape[1] - 1
+    inside_row = row.clip(0, last_row)
+    inside_column = column.clip(0, last_column)
+    is_inside = (row == inside_row) & (column == inside_column)
+    weight = weight * is_inside
+    pixels = image[inside_row, inside_column]
+    return pixels * weight[..., None]
 
 
 def gaze_label(R, centre, target):
@@ -284,7 +317,8 @@ def to_camera(gaze, R):
 def arrow(gaze, R, centre, K, length=ARROW_LENGTH):
     """(2, 2) pixels: where the arrow of a prediction (pitch, yaw) starts and ends in the source picture."""
     end = centre - length * to_camera(gaze, R)
-    return project(np.stack([centre, end]), K)
+    ends = np.stack([centre, end])
+    return project(ends, K)
 
 
 def arrow_on_crop(gaze, size):
@@ -302,19 +336,25 @@ def area_weights(n, m):
     covers; when enlarging, a blend of the two it lies between."""
     scale = 1 / (m / n)
     new = np.arange(m)[:, None]
-    old = np.arange(n)[None]
+    old = np.arange(n)
     start = new * scale                                                # of each new pixel, in old ones
     if m <= n:
-        covered = np.minimum(start + scale, old + 1) - np.maximum(start, old)
+        first = np.maximum(start, old)
+        last = np.minimum(start + scale, old + 1)
+        covered = last - first
         covered[covered < 1e-3] = 0
-        weights = covered / np.minimum(scale, n - start)
+        whole = np.minimum(scale, n - start)
+        weights = covered / whole
         return weights.astype(np.float32)
 
+    # enlarging; in float32, as OpenCV rounds it
     left = np.floor(start)
     right = np.minimum(left + 1, n - 1)
-    blend = (new + 1 - (left + 1) / scale).astype(np.float32)            # in float32, as OpenCV rounds it
-    blend = np.where(blend <= 0, 0, blend - np.floor(blend))
-    weights = (old == left) * (1 - blend) + (old == right) * blend
+    share = new + 1 - (left + 1) / scale
+    share = share.astype(np.float32)
+    share = np.where(share <= 0, 0, share % 1)
+    weights = (old == left) * (1 - share)
+    weights += (old == right) * share
     return weights.astype(np.float32)
 
 

@@ -61,7 +61,6 @@ class Config:
     out: str = "out/unigaze_show"      # folder for the results
     # faces
     faces: str = "auto"                # auto | whole: the picture is one face | left,top,right,bottom in pixels
-    small_faces: bool = False          # also look for faces below a twelfth of the picture's width: ten times slower
     max_head_angle: float = 80.0       # degrees; heads turned further are left out, their eyes cannot be seen
     face_model: str | None = None      # the published 50-point model; none: six points of another face (README)
     camera: str | None = None          # fx,fy,cx,cy in pixels; none: guessed for each face
@@ -159,7 +158,7 @@ def read_frames(path):
 
 def open_stream(path):
     if path == "-":
-        return av.open(sys.stdin.buffer, metadata_errors="ignore")
+        return av.open("pipe:0", metadata_errors="ignore")
     if path.startswith("/dev/video"):
         return av.open(path, format="v4l2", metadata_errors="ignore")
     return open_video(path)
@@ -319,7 +318,7 @@ def choose_finder(cfg):
         box = numbers(cfg.faces, "faces", "left,top,right,bottom")
         return lambda image: [find.Face(box)]
     if find.is_installed():
-        return find.MediaPipe(cfg.small_faces)
+        return find.MediaPipe()
     print(f"note: no face is looked for, the whole picture counts as one. To find faces: {find.HOW_TO_INSTALL}")
     return find.whole_picture
 

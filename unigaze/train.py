@@ -271,7 +271,7 @@ def main():
         return
 
     # ---- order of the data: an epoch is as many whole steps as there are
-    train = open_sets(cfg.data, names["train"], cfg.image_size, seed=cfg.seed)
+    train = open_sets(cfg.data, names["train"], cfg.image_size)
     run.check_same(training_faces=len(train))
     step_size = cfg.batch_size * cfg.grad_accumulation_steps * world
     per_epoch = len(train) // step_size

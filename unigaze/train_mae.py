@@ -37,6 +37,7 @@ class Config:
     data: str = "data/faces"           # folder with a folder of .h5 files per data set (unigaze/README.md)
     protocol: str = "mae"              # which of them: the sets to train on of a protocol in unigaze/data.py
     augment: bool = True               # random crops, colours and flips
+    limit_head_pose: float | None = None  # degrees; leave out heads that are turned further
     out_dir: str = "out/unigaze_mae"   # weights, metrics.jsonl, faces.png
     n_workers: int = 8                 # reading processes per training process; 0: read in the training process
     # model: B/16; config/unigaze_l.py and config/unigaze_h.py are the larger ones
@@ -72,7 +73,7 @@ class Config:
     def check(self):
         configurator.check_at_least(self, n_workers=0, steps=1, batch_size=1, grad_accumulation_steps=1, seed=0,
                                     warmup_epochs=0, weight_decay=0, save_every=1, log_every=1)
-        configurator.check_above_zero(self, "epochs", "blr")
+        configurator.check_above_zero(self, "epochs", "blr", "limit_head_pose")
         configurator.check_wandb(self)
         self.model()
         protocol(self.protocol)
@@ -226,7 +227,7 @@ def main():
 
     # ---- data
     names = protocol(cfg.protocol)["train"]
-    faces = open_sets(cfg.data, names, cfg.image_size, labelled=False, seed=cfg.seed)
+    faces = open_sets(cfg.data, names, cfg.image_size, labelled=False, head_limit=cfg.limit_head_pose)
     run.check_same(faces=len(faces))
     train = Augmented(faces, cfg.seed) if cfg.augment else faces
     step_size = cfg.batch_size * cfg.grad_accumulation_steps * world
