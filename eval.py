@@ -72,7 +72,7 @@ class Config:
     side: int | None = None            # of the clips in pixels, a multiple of the models' input; none: the input
     ratios: str = "0.05,0.1,0.2"       # average gazing ratios to measure at; the first is the headline
     alpha: str = "10,3"                # relative budget of the frames, the last value repeated
-    max_clips: int = 256               # clips that are used
+    max_clips: int = 256               # clips that are used, spread evenly over the split
     greedy: bool = True                # include the greedy search (slow: one reconstruction per candidate)
     greedy_clips: int = 256            # how many clips greedy gets at ratios other than the first; fewer than
                                        # max_clips: its loss is then of other clips
@@ -431,7 +431,8 @@ def gap_closed(table, name):
 
 
 def print_table(table):
-    print(f"\n{'method':<12}{'loss':>8}{'gap closed':>12}{'predicted':>11}{'PSNR dB':>9}{'SSIM':>8}{'motion':>8}")
+    print(f"\n{'method':<12}{'loss':>8}{'gap closed':>12}{'predicted':>11}{'PSNR dB':>9}{'SSIM':>8}{'motion':>8}"
+          "  % of each scale")
     for name, row in table.items():
         gap = "-"
         predicted = ""
@@ -440,7 +441,8 @@ def print_table(table):
         if "predicted" in row:
             predicted = f"{row['predicted']:.4f}"
         line = f"{name:<12}{row['loss']:>8.4f}{gap:>12}{predicted:>11}"
-        line += f"{row['psnr']:>9.2f}{row['ssim']:>8.3f}{row['motion']:>8.2f}"
+        line += f"{row['psnr']:>9.2f}{row['ssim']:>8.3f}{row['motion']:>8.2f}  "
+        line += " + ".join(f"{100 * share:.0f}" for share in row["share_per_scale"])
         print(line)
 
 
@@ -519,20 +521,20 @@ def plot_motion_and_detail(table, config, path):
 
 
 def load(cfg, size):
-    """(items of the first clips of the split, unreadable files); items get "motion" if all have it and cfg asks."""
+    """(items of clips spread evenly over the split, unreadable files); items get "motion" if all have it and cfg
+    asks."""
     clips = Clips(cfg.root, cfg.split, cfg.n_frames, size, stride=cfg.stride)
     items = []
     seen = set()
     unreadable = set()
-    for i in range(len(clips)):
-        item = clips[i]
+    n = min(len(clips), cfg.max_clips)
+    for i in range(n):
+        item = clips[i * len(clips) // n]
         unreadable.update(item["unreadable"])
         # an unreadable file is passed over, not replaced by a twin
         if item["path"] not in seen:
             items.append(item)
         seen.add(item["path"])
-        if len(items) == cfg.max_clips:
-            break
 
     if cfg.codec:
         for item in items:
@@ -560,7 +562,7 @@ def save(out, result, t0):
     write_whole(out / "eval.json", json.dumps(result, indent=1) + "\n")
 
 
-def write_report(cfg, table, result):
+def write_report(cfg, table, result, eval_seconds):
     """The headline numbers, and how long the stages before took: lines "stage seconds" of seconds.txt beside it."""
     path = Path(cfg.report)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -569,6 +571,7 @@ def write_report(cfg, table, result):
         for line in (path.parent / "seconds.txt").read_text().splitlines():
             stage, value = line.split()
             seconds[stage] = float(value)
+        seconds["eval"] = eval_seconds
         stages = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
         print(f"\nseconds: {stages}; {sum(seconds.values()):.0f} in all")
 
@@ -659,7 +662,7 @@ def main():
     save(out, result | {"finished": True}, t0)
     print(f"\npictures and eval.json are in {out}")
     if cfg.report:
-        write_report(cfg, results[headline], result)
+        write_report(cfg, results[headline], result, time.time() - t0)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,7 @@ def test_every_option(trained, toy):
     assert list(report) == ["loss", "ratio", "gap_closed", "seconds", "seed", "clips", "commit"]
     assert report["loss"] == {name: row["loss"] for name, row in table.items()}
     assert report["gap_closed"]["random"] == 0 and report["gap_closed"]["greedy"] == 100
+    assert report["seconds"].pop("eval") > 0
     assert report["seconds"] == {"data": 3, "videomae": 61.5} and report["ratio"] == 12 / 40
     line = next(line for line in done.stdout.splitlines() if line.startswith("a ") and "%" in line)
     assert line.split()[1] == f"{table['a']['loss']:.4f}" and line.split()[4] == f"{table['a']['predicted']:.4f}"
