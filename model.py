@@ -162,10 +162,11 @@ class Encoder(nn.Module):
 # decoder
 
 
-def rope_frequencies(c):
-    """Rotation per position of each half-dimension (d / 2), with the llama3 stretching of long wavelengths."""
+def rope_frequencies(c, device):
+    """Rotation per position of each half-dimension (d / 2), with the llama3 stretching of long wavelengths. In float32:
+    rounded to bfloat16 they would be off by three radians at position 3,500."""
     d = c.hidden_size // c.num_heads
-    exponent = torch.arange(0, d, 2, dtype=torch.float32) / d
+    exponent = torch.arange(0, d, 2, dtype=torch.float32, device=device) / d
     freq = 1.0 / c.rope_theta ** exponent
 
     # 1: a short wavelength, kept; 0: a long one, slowed down by the factor
@@ -178,11 +179,20 @@ def rope_frequencies(c):
     return kept * freq + (1 - kept) * freq / c.rope_factor
 
 
+def rope_tables(c, n_tokens, like):
+    """What rotate() needs at positions 0, 1, 2, …: cos and sin (n_tokens, d), in the type of the tensor `like`."""
+    positions = torch.arange(n_tokens, device=like.device)
+    angle = positions.unsqueeze(1) * rope_frequencies(c, like.device)
+    cos = angle.cos().to(like.dtype)
+    sin = angle.sin().to(like.dtype)
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+
+
 def rotate(x, cos, sin):
     """Half-split rotation of x (…, L, d): its halves a, b become a·cos - b·sin, b·cos + a·sin. cos (…, L, d) holds
-    [cos, cos] and sin [-sin, sin], which takes four passes over x in place of seven."""
+    [cos, cos] and sin [-sin, sin], which takes three passes over x in place of seven."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 def take(x, index):
@@ -199,9 +209,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Layer(nn.Module):
-    def __init__(self, c, index):
+    def __init__(self, c):
         super().__init__()
-        self.index = index  # 0, 1, … from the first layer on
         self.num_heads = c.num_heads
         self.self_attn = nn.ModuleDict({
             "q_proj": nn.Linear(c.hidden_size, c.hidden_size, bias=False),
@@ -223,35 +232,37 @@ class Layer(nn.Module):
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
         return qkv, attn.o_proj.weight, gate_up, mlp.down_proj.weight
 
-    def forward(self, x, cos, sin, query_index=None, cache=None, weights=None):
+    def forward(self, x, cos, sin, query_index=None):
         """x (B, L, D) -> (B, L, D), causal. With query_index (B, Q) only these tokens are returned, (B, Q, D); the
-        others still serve as keys and values. cache: a KVCache of the tokens before x, x's are put in. weights: what
-        joined_weights() returns, if it is at hand."""
-        qkv, out, gate_up, down = weights or self.joined_weights()
-        n_heads = self.num_heads
+        others still serve as keys and values."""
+        qkv, out, gate_up, down = self.joined_weights()
+        q, k, v = self.project(x, cos, sin, qkv)
+        if query_index is None:
+            y = causal_attention(q, k, v)
+        else:
+            visible = torch.arange(x.shape[1], device=x.device) <= query_index.unsqueeze(-1)
+            x = take(x, query_index)
+            q = take(q, query_index)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.unsqueeze(1))
+        return self.finish(x, y, out, gate_up, down)
 
-        # queries, keys and values; the first two are rotated together
+    def project(self, x, cos, sin, qkv):
+        """Before attention: x (B, L, D) -> queries, keys and values (B, H, L, d)."""
+        n_heads = self.num_heads
         y = self.input_layernorm(x)
         y = linear(y, qkv)
         y = y.unflatten(2, (3 * n_heads, -1))
         y = y.transpose(1, 2)  # (B, 3·H, L, d)
+
+        # queries and keys are rotated together
         qk, v = y.split([2 * n_heads, n_heads], dim=1)
         qk = rotate(qk, cos, sin)
         qk = qk.to(v.dtype)  # autocast halves v
         q, k = qk.chunk(2, dim=1)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.append(self.index, k, v)
+        return q, k, v
 
-        # causal attention, of all tokens or of those at query_index
-        if query_index is not None:
-            mask = query_mask(query_index, x.shape[1], k.shape[2], mask)
-            x = take(x, query_index)
-            q = take(q, query_index)
-        if mask is None:
-            y = causal_attention(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    def finish(self, x, y, out, gate_up, down):
+        """After attention: x (B, L, D), and y (B, H, L, d) that it found -> (B, L, D)."""
         y = y.transpose(1, 2).flatten(2)
         x = x + linear(y, out)
 
@@ -263,44 +274,22 @@ class Layer(nn.Module):
         return x + linear(y, down)
 
 
-def query_mask(query_index, n_tokens, n_keys, mask):
-    """The mask (B, 1, Q, keys) of some queries, given that of all n_tokens, the last of the keys (None: causal)."""
-    if mask is not None:
-        return take(mask, query_index)
-    last_visible = query_index + n_keys - n_tokens
-    visible = torch.arange(n_keys, device=query_index.device) <= last_visible.unsqueeze(-1)
-    return visible.unsqueeze(1)
-
-
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.config = c
         self.embed_tokens = nn.Embedding(c.num_ids + 1, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_layers))
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.register_buffer("frequencies", rope_frequencies(c), persistent=False)
 
-    def forward(self, x, positions=None, query_index=None, cache=None, weights=None):
-        """x (B, L, D) -> (B, L, D) before the final norm, or (B, Q, D), the tokens at query_index (B, Q).
-
-        positions (B | 1, L): of the tokens; default 0, 1, 2, …. cache, weights (a list over layers): see Layer.
-        """
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-        angle = positions.unsqueeze(-1) * self.frequencies.float()
-        angle = angle.unsqueeze(1)  # (B | 1, 1, L, d / 2), the same for all heads
-        cos = angle.cos().to(x.dtype)
-        sin = angle.sin().to(x.dtype)
-        cos = torch.cat([cos, cos], dim=-1)
-        sin = torch.cat([-sin, sin], dim=-1)
+    def forward(self, x, query_index=None):
+        """x (B, L, D) -> (B, L, D) before the final norm, or (B, Q, D), the tokens at query_index (B, Q)."""
+        cos, sin = rope_tables(self.config, x.shape[1], x)
+        for layer in self.layers[:-1]:
+            x = layer(x, cos, sin)
 
         # only the last layer leaves tokens out: the keys and values of all are needed up to there
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            layer_weights = None if weights is None else weights[i]
-            layer_query_index = query_index if i == last else None
-            x = layer(x, cos, sin, layer_query_index, cache, layer_weights)
-        return x
+        return self.layers[-1](x, cos, sin, query_index)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -516,7 +505,7 @@ class Gaze(nn.Module):
 
         # room for the usual clip: a frame during which the cache has to grow takes up to twice its time
         n_slots = min(int(stream.budget(0).max()), self.config.num_ids // 4)
-        stream.cache.reserve(self.config.max_num_frames * (self.config.ids_per_scale[-1] + n_slots))
+        stream.reserve(self.config.max_num_frames * (self.config.ids_per_scale[-1] + n_slots))
         return stream
 
     def settings(self, n_rows, gazing_ratio, task_loss_requirement, temperature, reference):
@@ -569,77 +558,14 @@ def where_slots_are_predicted(counts, n_vision, K):
 # decoding
 
 
-class KVCache:
-    """Keys and values of all tokens so far.
-
-    Each clip's real tokens lie packed at the front of its row, so a clip's result cannot depend on what its batch
-    neighbours do, and a token's RoPE position is its index. While all clips have the same number of tokens, attention
-    needs no mask.
-    """
-
-    def __init__(self, c, batch_size, dtype, device):
-        shape = (2, c.num_layers, batch_size, c.num_heads, 0, c.hidden_size // c.num_heads)
-        self.tensor = torch.empty(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens of each clip
-        self.longest = 0
-        self.same_length = True
-
-    def reserve(self, n_tokens):
-        """Make room for so many tokens."""
-        room = self.tensor.shape[4]
-        if n_tokens > room:
-            shape = list(self.tensor.shape)
-            shape[4] = max(n_tokens, 2 * room)
-            larger = self.tensor.new_zeros(shape)
-            larger[..., :room, :] = self.tensor
-            self.tensor = larger
-
-    def begin(self, n_new):
-        """Before so many new tokens are appended: their indices, (B, n_new) or (1, n_new), the same for all clips."""
-        self.end = self.longest + n_new
-        self.reserve(self.end)
-        self.index = self.lengths.unsqueeze(1) + torch.arange(n_new, device=self.lengths.device)
-        self.mask = None
-        if self.same_length:
-            self.index = self.index[:1]
-        else:
-            # a token sees those up to itself; what lies behind a clip's last real token is overwritten later
-            keys = torch.arange(self.end, device=self.lengths.device)
-            visible = keys <= self.index.unsqueeze(-1)
-            mask = self.tensor.new_zeros(visible.shape)
-            mask.masked_fill_(~visible, -math.inf)
-            self.mask = mask.unsqueeze(1)
-        return self.index
-
-    def append(self, layer, k, v):
-        """New keys and values (B, H, n_new, d) of a layer -> all of its keys and values, and the mask (B, 1, n_new, L)
-        to add to scores, None where plain causal attention will do."""
-        keys, values = self.tensor[:, layer]  # (B, H, room, d)
-        if self.same_length:
-            keys[:, :, self.longest:self.end] = k
-            values[:, :, self.longest:self.end] = v
-        else:
-            index = self.index[:, None, :, None].expand_as(k)
-            keys.scatter_(2, index, k.to(keys.dtype))
-            values.scatter_(2, index, v.to(values.dtype))
-        keys = keys[:, :, :self.end].to(k.dtype)
-        values = values[:, :, :self.end].to(v.dtype)
-        return keys, values, self.mask
-
-    def finish(self, keep):
-        """After all layers: keep (B, n_new) says which of the new tokens are real; None: all of them."""
-        if keep is None:
-            self.lengths = self.lengths + self.index.shape[1]
-            self.longest = self.end
-        else:
-            self.lengths = self.lengths + keep.sum(1)
-            lengths = self.lengths.tolist()
-            self.longest = max(lengths)
-            self.same_length = min(lengths) == max(lengths)
-
-
 class GazeStream:
-    """The state of decoding: the encoder's last frames, the KV cache, and the last block of gazes not yet in it."""
+    """The state of decoding: the encoder's last frames, the keys and values of all tokens so far, and the last block of
+    gazes, whose own are still missing.
+
+    Each clip's real tokens lie packed at the front of its row of the cache, so a clip's result cannot depend on what
+    its neighbours do, and a token's RoPE position is its index. How many there are is counted in Python. While all
+    clips have the same number, attention needs no mask, and nothing is read from the device or copied to it.
+    """
 
     def __init__(self, model, ratio, requirement, temperature, generator):
         self.model = model
@@ -649,13 +575,8 @@ class GazeStream:
         self.temperature = temperature
         self.generator = generator
 
-        self.batch_size = len(ratio)
-        self.frame = 0
-        self.past = None                # of the encoder
-        self.last_block = None          # (embeddings, keep) of the last block, which enters with the next frame
-
         # weights as decoding wants them: under autocast in its type, which keys and values then have too
-        parameter = next(model.parameters())
+        parameter = model.pos_embed
         self.device = parameter.device
         dtype = parameter.dtype
         if torch.is_autocast_enabled(self.device.type):
@@ -666,7 +587,19 @@ class GazeStream:
                 self.weights.append([pack(weight.to(dtype)) for weight in layer.joined_weights()])
             heads = [model.lm_head.weight, model.task_loss_prediction_head.weight]
             self.heads = torch.cat(heads).to(dtype)
-        self.cache = KVCache(self.config, self.batch_size, dtype, self.device)
+
+        c = self.config
+        B = len(ratio)
+        self.batch_size = B
+        self.frame = 0
+        self.past = None                # of the encoder
+        shape = (c.num_layers, 2, B, c.num_heads, 0, c.hidden_size // c.num_heads)
+        self.cache = torch.empty(shape, dtype=dtype, device=self.device)
+        self.lengths = [0] * B          # tokens of each clip in the cache
+
+        # the last block of gazes (B, n), and how many of each clip's are real: these come first
+        self.block = torch.zeros(B, 0, dtype=torch.long, device=self.device)
+        self.n_real = [0] * B
 
     @staticmethod
     def needs_single_clips(ratio, requirement):
@@ -692,10 +625,10 @@ class GazeStream:
     def run(self, vision):
         """All frames at once: vision (B, T, P, D) -> gazing."""
         T, P = vision.shape[1:3]
-        n_tokens = T * P + self.config.num_multi_token_pred
+        n_tokens = T * P
         for t in range(T):
             n_tokens += int(self.budget(t).max())
-        self.cache.reserve(n_tokens)
+        self.reserve(n_tokens)
 
         frames = []
         for t in range(T):
@@ -703,6 +636,17 @@ class GazeStream:
             ids = ids + self.config.num_ids * t
             frames.append((ids, padded))
         return join_frames(frames)
+
+    def reserve(self, n_tokens):
+        """Make room for so many tokens of a clip."""
+        room = self.cache.shape[4]
+        if n_tokens > room:
+            shape = list(self.cache.shape)
+            shape[4] = max(n_tokens, 2 * room)
+            larger = self.cache.new_zeros(shape)
+            larger[..., :room, :] = self.cache
+            self.cache = larger
+            self.cos, self.sin = rope_tables(self.config, shape[4], self.model.pos_embed)
 
     def budget(self, t):
         """(B,) most patches of frame t, at least one."""
@@ -722,62 +666,55 @@ class GazeStream:
         requirement = at_frame(self.requirement, self.frame, "task_loss_requirement")
         n_slots = int(budget.max())
         may_stop = bool(budget.min() < n_slots or requirement.max() > -math.inf)
-        budget = budget.to(self.device)
-        requirement = requirement.to(self.device)
+        if may_stop:
+            budget = budget.to(self.device).unsqueeze(1)
+            requirement = requirement.to(self.device).unsqueeze(1)
 
         # the padding id and what has been chosen in this frame
         banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
         banned[:, V] = True
-        stopped = torch.zeros(B, dtype=torch.bool, device=self.device)
-        all_ids = []
-        all_padded = []
-        h = self.feed_frame(vision)
-        while True:
-            # one token names the next K slots: logits (B, K, V + 1) and the loss predicted before each slot (B, K)
+        stopped = torch.zeros(B, 1, dtype=torch.bool, device=self.device)
+        all_stopped = False
+        frame_ids = []
+        frame_padded = []
+        for first_slot in range(0, n_slots, K):
+            # feed the block before this one: a frame's last block enters with the next frame's vision tokens
+            h = self.feed(vision if first_slot == 0 else None)
+
+            # one token names the next K slots
+            n = min(K, n_slots - first_slot)
             logits, predicted_loss = self.read_heads(h)
-            logits = logits.masked_fill(banned.unsqueeze(1), -math.inf)
-            first_slot = K * len(all_ids)
-            ids = []
-            padded = []
-            for i in range(min(K, n_slots - first_slot)):
-                # no later slot of the block takes the same patch
-                patch = self.choose(logits[:, i])
-                index = patch.view(B, 1, 1).expand(B, K, 1)
-                logits.scatter_(2, index, -math.inf)
+            logits = logits[:, :n].masked_fill(banned.unsqueeze(1), -math.inf)
+            ids = self.choose(logits)
+            self.block = ids
+            self.n_real = [n] * B
 
-                # a frame is finished by its budget, or by its predicted loss, never before its first slot
-                is_padded = stopped
-                if may_stop:
-                    finished = budget <= first_slot + i
-                    if first_slot + i > 0:
-                        finished = finished | (predicted_loss[:, i] <= requirement)
-                    is_padded = self.pad(stopped, finished)
-                    stopped = stopped | finished
-                    patch = patch.masked_fill(is_padded, V)
-                ids.append(patch)
-                padded.append(is_padded)
+            # a frame is finished by its budget, or by its predicted loss, never before its first slot
+            if may_stop:
+                slot = torch.arange(first_slot, first_slot + n, device=self.device)
+                is_low = predicted_loss[:, :n] <= requirement
+                finished = (slot >= budget) | (is_low & (slot > 0))
+                padded = self.pad(stopped, finished)
+                ids = ids.masked_fill(padded, V)
+                stopped = stopped | finished.any(dim=1, keepdim=True)
 
-            ids = torch.stack(ids, dim=1)
-            padded = torch.stack(padded, dim=1)
+                # the one read of a block; its real gazes are put in front
+                n_real = (~padded).sum(1)
+                *self.n_real, all_stopped = torch.cat([n_real, stopped.all(dim=0)]).tolist()
+                longest = max(self.n_real)
+                permutation, _ = pack_front(~padded)
+                self.block = ids.gather(1, permutation)[:, :longest]
+                ids, padded = self.trim(ids, padded, longest)
+                frame_padded.append(padded)
+
             banned.scatter_(1, ids, True)
-            all_ids.append(ids)
-            all_padded.append(padded)
-
-            # feed the block, unless it is the frame's last: that one enters with the next frame's vision tokens
-            block = self.model.decoder.embed_tokens(ids)
-            keep = ~padded if may_stop else None
-            if K * len(all_ids) >= n_slots:
+            frame_ids.append(ids)
+            if all_stopped:
                 break
-            if may_stop and bool(stopped.all()):
-                break
-            h = self.feed_block(block, keep)
 
-        self.last_block = block, keep
         self.frame += 1
-        ids = torch.cat(all_ids, dim=1)
-        padded = torch.cat(all_padded, dim=1)
-        if may_stop:
-            ids, padded = self.trim(ids, padded)
+        ids = torch.cat(frame_ids, dim=1)
+        padded = torch.cat(frame_padded, dim=1) if may_stop else torch.zeros_like(ids, dtype=torch.bool)
         return ids, padded
 
     def read_heads(self, h):
@@ -790,54 +727,104 @@ class GazeStream:
         return logits.unflatten(1, (K, V + 1)), predicted_loss
 
     def choose(self, logits):
-        """(B, V + 1) -> patch ids (B,)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits / self.temperature
-        probabilities = logits.softmax(-1)
-        patch = torch.multinomial(probabilities, 1, generator=self.generator)
-        return patch.squeeze(1)
+        """logits (B, n, V + 1) of n slots, -inf at banned ids -> distinct ids (B, n). Changes the logits."""
+        # to draw from a softmax, add Gumbel noise and take the best
+        noise = None
+        if self.temperature > 0:
+            logits = logits / self.temperature
+            noise = torch.empty_like(logits).exponential_(generator=self.generator)
+            noise = noise.clamp_(min=1e-8).log_().neg_()  # without the limit, a 0 would win against -inf
+
+        ids = []
+        for i in range(logits.shape[1]):
+            patch = self.best(logits[:, i], None if noise is None else noise[:, i])
+            ids.append(patch)
+
+            # no later slot takes the same patch
+            index = patch.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
+            logits.scatter_(2, index, -math.inf)
+        return torch.stack(ids, dim=1)
+
+    def best(self, logits, noise):
+        """logits (B, V + 1), noise that is added to them, or None -> patch ids (B,)."""
+        if noise is not None:
+            logits = logits + noise
+        return logits.argmax(-1)
 
     def pad(self, stopped, finished):
-        """Which clips get a padded slot: those that stopped before, and those whose frame is finished at this slot."""
-        return stopped | finished
+        """Which slots of a block are padded (B, n): those of clips that stopped before (B, 1), and those from the first
+        one on at which the frame is finished (B, n)."""
+        return stopped | (finished.cumsum(1) > 0)
 
-    def trim(self, ids, padded):
-        """The frame's slots up to the last one that any clip takes."""
-        n_real = (~padded).sum(1)
-        n_t = int(n_real.max())
-        return ids[:, :n_t], padded[:, :n_t]
+    def trim(self, ids, padded, longest):
+        """The block's slots up to the last one that any clip takes."""
+        return ids[:, :longest], padded[:, :longest]
 
-    def feed_frame(self, vision):
-        """Feed a frame's vision tokens, and in front of them the last block of the frame before."""
-        if self.last_block is None:
-            return self.feed(vision)
-        block, keep = self.last_block
-        if keep is not None:
-            keep = F.pad(keep, (0, vision.shape[1]), value=True)
-        return self.feed(torch.cat([block, vision], dim=1), keep)
+    def feed(self, vision=None):
+        """Put the last block, and vision tokens (B, P, D) behind it, into the cache. Returns the state of the last
+        token (B, D), before the final norm."""
+        x = self.model.decoder.embed_tokens(self.block)
+        lengths = [before + n for before, n in zip(self.lengths, self.n_real, strict=True)]
+        if vision is not None:
+            x = torch.cat([x, vision], dim=1)
+            lengths = [n + vision.shape[1] for n in lengths]
+        end = max(lengths)
+        self.reserve(end + 1)
 
-    def feed_block(self, block, keep):
-        """Feed a block of gazes (B, K, D)."""
-        return self.feed(block, keep)
+        # where the new tokens go: the same place for all clips, if none is longer than the others
+        start = self.lengths[0]
+        index = slice(start, start + x.shape[1])
+        mask = None
+        if set(self.lengths) != {start} or set(lengths) != {index.stop}:
+            index, mask = self.places(x.shape[1], end)
+        self.lengths = lengths
+        positions = self.positions(index, vision)
+        cos = self.cos[positions].unsqueeze(-3)  # the same for all heads
+        sin = self.sin[positions].unsqueeze(-3)
 
-    def feed(self, x, keep=None, positions=None):
-        """Put tokens x (B, n_new, D) behind the cached ones; keep (B, n_new): which are real, None: all. Returns the
-        state of the last one (B, D), before the final norm."""
-        last = torch.full((len(x), 1), x.shape[1] - 1, device=self.device)
-        if keep is not None and bool(keep.all()):
-            keep = None
-        if keep is not None:
-            permutation, new_index = pack_front(keep)
-            x = take(x, permutation)
-            last = new_index[:, -1:]
+        layers = self.model.decoder.layers
+        for i, layer in enumerate(layers):
+            qkv, out, gate_up, down = self.weights[i]
+            q, k, v = layer.project(x, cos, sin, qkv)
+            keys, values = self.cache[i]  # (B, H, room, d)
+            put(keys, index, k)
+            put(values, index, v)
+            keys = keys[:, :, :end].to(q.dtype)
+            values = values[:, :, :end].to(q.dtype)
 
-        index = self.cache.begin(x.shape[1])
-        if positions is None:
-            positions = index
-        h = self.model.decoder(x, positions, last, self.cache, self.weights)
-        self.cache.finish(keep)
-        return h[:, 0]
+            # the last layer answers for the last token alone
+            if i == len(layers) - 1:
+                x = x[:, -1:]
+                q = q[:, :, -1:]
+                mask = None if mask is None else mask[:, :, -1:]
+            if mask is None:
+                y = causal_attention(q, keys, values)
+            else:
+                y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            x = layer.finish(x, y, out, gate_up, down)
+        return x[:, 0]
+
+    def places(self, n_new, end):
+        """For clips of different lengths: the index (B, n_new) of each new token in the cache, whose first `end` places
+        are read, and the mask (B, 1, n_new, end) to add to scores."""
+        n_gazes = self.block.shape[1]
+        first_gaze, n_real = torch.tensor([self.lengths, self.n_real], device=self.device).unsqueeze(2)
+        offset = torch.arange(n_new, device=self.device)
+
+        # vision tokens follow a clip's last real gaze; what is padded goes where nothing is read
+        index = first_gaze + torch.where(offset < n_gazes, offset, offset - n_gazes + n_real)
+        is_padded = (offset >= n_real) & (offset < n_gazes)
+        index = index.masked_fill(is_padded, end)
+
+        # a token sees those up to itself; what lies behind a clip's last real token is overwritten later
+        visible = torch.arange(end, device=self.device) <= index.unsqueeze(-1)
+        mask = self.cache.new_zeros(visible.shape)
+        mask.masked_fill_(~visible, -math.inf)
+        return index, mask.unsqueeze(1)
+
+    def positions(self, index, vision):
+        """RoPE positions of tokens that go to `index`, a slice or (B, n); vision: None if they are a block alone."""
+        return index
 
 
 class ReferenceStream(GazeStream):
@@ -853,23 +840,33 @@ class ReferenceStream(GazeStream):
     def needs_single_clips(ratio, requirement):
         return bool((requirement > -math.inf).any() or (ratio != ratio[:1]).any())
 
-    def feed_frame(self, vision):
-        h = super().feed_frame(vision)
-        offsets = torch.arange(-self.config.num_multi_token_pred, 0, device=self.device)
-        self.stale_positions = self.cache.lengths.unsqueeze(1) + offsets
-        return h
-
-    def feed_block(self, block, keep):
-        return self.feed(block, keep, self.stale_positions)
+    def positions(self, index, vision):
+        K = self.config.num_multi_token_pred
+        if vision is not None:
+            self.frame_end = self.lengths
+            return index
+        if isinstance(index, slice):
+            return slice(self.frame_end[0] - K, self.frame_end[0])
+        offsets = torch.arange(-K, 0, device=self.device)
+        return torch.tensor(self.frame_end, device=self.device).unsqueeze(1) + offsets
 
     def pad(self, stopped, finished):
         return finished
 
-    def trim(self, ids, padded):
+    def trim(self, ids, padded, longest):
         return ids, padded
 
-    def choose(self, logits):
-        if self.temperature > 0 and logits.shape[-1] > 50:
+    def best(self, logits, noise):
+        if noise is not None and logits.shape[-1] > 50:
             lowest = logits.topk(50).values[:, -1:]
             logits = logits.masked_fill(logits < lowest, -math.inf)
-        return super().choose(logits)
+        return super().best(logits, noise)
+
+
+def put(cache, index, new):
+    """Write keys or values (B, H, n, d) into a cache (B, H, room, d), at a slice of its tokens or at index (B, n)."""
+    if isinstance(index, slice):
+        cache[:, :, index] = new
+    else:
+        index = index[:, None, :, None].expand_as(new)
+        cache.scatter_(2, index, new.to(cache.dtype))
