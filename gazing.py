@@ -304,6 +304,8 @@ def one_clip(gazing, row):
 def join_clips(gazings, num_ids):
     """Gazings of several batches of clips with as many frames -> one gazing of all their clips. A frame gets as many
     slots as its longest clip takes."""
+    if len(gazings) == 1:
+        return gazings[0]
     split = [split_frames(gazing) for gazing in gazings]
     joined = []
     for t, parts in enumerate(zip(*split, strict=True)):

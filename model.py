@@ -478,11 +478,12 @@ class Gaze(nn.Module):
         for part in batches(clips, batch_size):
             vision.append(self.embed(part)[0])
         vision = torch.cat(vision)  # (clips, T, P, D)
+        clip_of_row = torch.arange(len(ratio), device=vision.device) % len(vision)
         parts = []
-        for index in torch.arange(len(ratio)).split(batch_size):
-            stream = stream_class(self, ratio[index], requirement[index], temperature, generator)
-            gazing = stream.run(vision[index % len(vision)])
-            parts.append(gazing)
+        for start in range(0, len(ratio), batch_size):
+            part = slice(start, start + batch_size)
+            stream = stream_class(self, ratio[part], requirement[part], temperature, generator)
+            parts.append(stream.run(vision[clip_of_row[part]]))
         gazing = join_clips(parts, self.config.num_ids)
 
         # put chunks and tiles together

@@ -5,6 +5,7 @@ Dimension key: B clips, H heads, q queries, L tokens, d width of a head.
 import functools
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 from lib.cpu import min_tokens_by_block, needs_no_mask, scaled_dot_product_attention
 
@@ -18,7 +19,11 @@ def causal_attention(q, k, v):
     if n_queries == 1:
         return scaled_dot_product_attention(q, k, v)      # the last token sees all
 
-    mask = causal_mask(n_queries, n_tokens, q.dtype, q.device)
+    # CUDA kernels know this mask by name; spelled out, it would rule out flash attention. Not yet run on a GPU
+    if q.device.type == "cuda":
+        mask = causal_lower_right(n_queries, n_tokens)
+    else:
+        mask = causal_mask(n_queries, n_tokens, q.dtype, q.device)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

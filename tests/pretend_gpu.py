@@ -5,7 +5,8 @@
 
 A tensor that was made on, moved to or computed from "cuda" is marked, and computed on the CPU. MixedDevices is raised
 where a marked tensor meets an unmarked one (0-dimensional ones and indices may), is read by numpy, or is drawn with a
-CPU generator. `waits` counts, by source line, where the host reads a value: .item(), .tolist(), .cpu(), if.
+CPU generator. `waits` counts, by source line, where the host reads a value: .item(), .tolist(), .cpu(), if; `copies`
+where it sends one.
 
 What it cannot see: the inside of one call of torch (the backward pass, DDP), kernels, memory, speed. Code that passes
 here may still fail on a GPU; code that fails here fails there.
@@ -16,11 +17,13 @@ import sys
 import traceback
 
 import torch
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "unique"}
-DRAWS = {"rand", "randn", "randint", "randperm", "multinomial", "normal_", "uniform_"}
+DRAWS = {"rand", "randn", "randint", "randperm", "multinomial", "normal_", "uniform_", "exponential_"}
+SENDS = {"to", "cuda", "tensor", "as_tensor"}
 INDEXING = {"__getitem__", "__setitem__", "index_put", "index_put_"}
 ANY_DEVICE = {"to", "cuda", "cpu", "copy_", "result_type", "is_same_size", "swap_tensors",
               "_has_compatible_shallow_copy_type"}
@@ -36,7 +39,8 @@ def marked(tensor):
 
 
 def tensors_in(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves if not isinstance(leaf, CausalBias)]  # a name of a mask, on no device
 
 
 def source_line():
@@ -51,6 +55,7 @@ class PaperGPU(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.waits = collections.Counter()
+        self.copies = collections.Counter()
         self.n_calls = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -78,6 +83,8 @@ class PaperGPU(TorchFunctionMode):
             self.n_calls += 1
             if name in READS or not on_gpu:
                 self.waits[source_line()] += 1
+        if on_gpu and not from_gpu and name in SENDS:
+            self.copies[source_line()] += 1
         if on_gpu and name in DRAWS and kwargs.get("generator") is not None:
             raise MixedDevices(f"{name} with a CPU generator at {source_line()}")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import normal_video, tiny_gaze
 from pretend_gpu import MixedDevices, PaperGPU
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,33 @@ def test_waits_are_counted_by_line():
             x.tolist()
     assert gpu.waits.total() == 6 and gpu.waits.most_common(1)[0][1] == 4
     assert "x.sum().item()" in gpu.waits.most_common(1)[0][0]
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("settings", [
+    dict(gazing_ratio=0.6), dict(gazing_ratio=[0.9, 0.2, 0.35, 0.5]), dict(gazing_ratio=0.6, temperature=1.0)])
+def test_generate_at_a_ratio_is_never_waited_for(settings, reference):
+    """After the one look at the pixels nothing is read from the GPU or sent to it, so a CUDA graph could hold it."""
+    gaze, video = tiny_gaze(), normal_video(3)
+    want = gaze.generate(video, **settings, reference=reference)
+    with PaperGPU() as gpu:
+        gaze.to("cuda")
+        video = video.to("cuda")
+        gpu.copies.clear()
+        got = gaze.generate(video, **settings, reference=reference, num_copies=2)
+    assert gpu.waits.total() == 1 and "pixels.py" in gpu.waits.most_common(1)[0][0], gpu.waits
+    assert not gpu.copies, gpu.copies
+    if "temperature" not in settings:
+        assert torch.equal(got["gazing_pos"], want["gazing_pos"].repeat(2, 1))
+
+
+def test_generate_with_a_requirement_is_waited_for_once_per_block():
+    with PaperGPU() as gpu:
+        gaze, video = tiny_gaze().to("cuda"), normal_video(3).to("cuda")
+        gazing = gaze.generate(video, 0.9, torch.linspace(-3, 3, 12).view(3, 4))
+    n_blocks = sum(-(-n // 3) for n in gazing["num_gazing_each_frame"].tolist())
+    reads = sum(n for line, n in gpu.waits.items() if "model.py" in line)
+    assert n_blocks <= reads <= n_blocks + 4, gpu.waits  # a block in which no clip goes on is read and then dropped
 
 
 SIZES = "--scales=16+32 --patch_size=8 --hidden_size=32 --intermediate_size=64"
