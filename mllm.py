@@ -150,9 +150,25 @@ class GazeMLLM:
     def generate(self, embeds, **settings):
         """embeds (1, L, D) -> ids (1, new tokens). settings: those of transformers' generate."""
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        if self.kind == "paligemma":
-            settings["token_type_ids"] = torch.zeros_like(mask)  # the prompt sees all of itself
-        return self.model.generate(inputs_embeds=embeds, attention_mask=mask, **settings)
+        if self.kind != "paligemma":
+            return self.model.generate(inputs_embeds=embeds, attention_mask=mask, **settings)
+
+        # PaliGemma's generate() takes ids only: a hook puts the embeddings in. Type 0: the prompt sees all of itself
+        ids = torch.zeros_like(mask)
+        language_model = self.model.model.language_model
+        hook = language_model.register_forward_pre_hook(partial(put_embeds, embeds), with_kwargs=True)
+        try:
+            answer = self.model.generate(input_ids=ids, token_type_ids=ids, attention_mask=mask, **settings)
+        finally:
+            hook.remove()
+        return answer[:, ids.shape[1]:]
+
+
+def put_embeds(embeds, module, args, kwargs):
+    """Forward hook: the prompt's embeddings for the first pass; later ones are of one token."""
+    if kwargs["inputs_embeds"].shape == embeds.shape:
+        kwargs = kwargs | {"inputs_embeds": embeds}
+    return args, kwargs
 
 
 # ----------------------------------------------------------------------------------------------------------------------

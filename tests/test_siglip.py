@@ -29,7 +29,7 @@ def load(**settings):
     return GazeSigLIP.from_pretrained(GOLDEN / "gaze_vit", **settings).eval().requires_grad_(False)
 
 
-def tiny_vit(image_size, patch_size, scales, **settings):
+def tiny_vit(image_size, patch_size, scales, enlarged=3, **settings):
     from transformers import SiglipVisionConfig, SiglipVisionModel
     torch.manual_seed(0)
     network = SiglipVisionModel(SiglipVisionConfig(
@@ -38,7 +38,7 @@ def tiny_vit(image_size, patch_size, scales, **settings):
     with torch.no_grad():
         for p in network.parameters():
             if p.dim() > 1:
-                p *= 3
+                p *= enlarged
     return GazeSigLIP(network, scales, **settings).eval().requires_grad_(False)
 
 
@@ -122,7 +122,7 @@ def test_all_patches_of_an_image_are_plain_siglip():
 @pytest.mark.parametrize("layer", [0, 1, -3, -2, -1])
 def test_features_of_a_layer_are_transformers_hidden_states(layer):
     """layer=-2, norm=False is what NVILA's projector takes."""
-    vit = tiny_vit(32, 8, "32", frame_independent=True, layer=layer, norm=False)
+    vit = tiny_vit(32, 8, "32", enlarged=1, frame_independent=True, layer=layer, norm=False)
     video = normal_video(2, 3)
     out = vit(video, all_patches(vit, 2, 3))
     states = vit.network(video.flatten(0, 1), output_hidden_states=True).hidden_states[layer]
