@@ -453,6 +453,29 @@ def split_ratio(kind, ratio, n_frames, alpha, generator):
     return (share * ratio * n_frames).clamp(0, 1)
 
 
+def allowed_ids(allowed, config):
+    """Scales, "112+224", or a list or tensor of ids -> (V,) bool. ValueError names what the config does not have."""
+    V = config.num_ids
+    mask = torch.zeros(V, dtype=torch.bool)
+    if isinstance(allowed, str):
+        first_id = 0
+        sides = allowed.split("+")
+        for side, n_ids in zip(config.scale_list, config.ids_per_scale, strict=True):
+            mask[first_id:first_id + n_ids] = str(side) in sides
+            first_id += n_ids
+        unknown = set(sides) - {str(side) for side in config.scale_list}
+        if unknown:
+            raise ValueError(f"allowed={allowed!r}: the model's scales are {config.scales}, joined by +")
+        return mask
+
+    ids = torch.as_tensor(allowed)
+    if ids.dim() != 1 or ids.numel() == 0 or ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= V:
+        raise ValueError(f"allowed must be scales of the model, such as {str(config.scale_list[-1])!r}, or a list of "
+                         f"ids from 0 to {V - 1}")
+    mask[ids] = True
+    return mask
+
+
 def to_budgets(ratios, n_ids):
     """Per-frame ratios -> patches per frame, at least one; the rule of Gaze.generate."""
     return [max(1, int(ratio * n_ids + 1e-4)) for ratio in ratios]
