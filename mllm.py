@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import resize_crop, to_model_pixels
-from gazing import all_patches, gaze_at_groups, join_clips, merged_groups, split_frames
+from gazing import TENSORS, all_patches, gaze_at_groups, join_clips, merged_groups, split_frames
 from siglip import GazeSigLIP
 
 NVILA_RATIO = [0.2] + [0.06] * 15   # of the frames of a tile; recommended with its weights, as is the next
@@ -68,7 +68,8 @@ class GazeMLLM:
         if "llava" in self.kind:
             layer = self.config.vision_feature_layer  # of hidden_states, which are without the last norm
             norm = False
-        if not hasattr(getattr(tower, "vision_model", tower), "post_layernorm") or type(layer) is not int:
+        network = getattr(tower, "vision_model", tower)
+        if not hasattr(network, "post_layernorm") or type(layer) is not int:
             raise ValueError(f"the vision tower, a {type(tower).__name__}, is no SigLIP whose one layer is read")
 
         # the tower's own image size is the finest scale
@@ -76,7 +77,9 @@ class GazeMLLM:
         size = tower_config.image_size
         p = tower_config.patch_size
         if scales is None:
-            scales = [max(p, side * size // gaze.config.image_size) for side in gaze.config.scale_list]
+            scales = []
+            for side in gaze.config.scale_list:
+                scales.append(max(p, side * size // gaze.config.image_size))
         self.scales = scales
         self.tower_scales = scales if self.merge == 1 else scales[-1:]
         self.siglip = GazeSigLIP(tower, self.tower_scales, "bidirectional", frame_independent=True, layer=layer,
@@ -111,16 +114,21 @@ class GazeMLLM:
         clip = resize_crop(frames, self.size).to(weight.device)
         features = self.siglip(clip.unsqueeze(0) / 127.5 - 1, gazing)[0]            # (N, d)
 
+        embed_text = self.model.get_input_embeddings()
         counts = gazing["num_gazing_each_frame"].tolist()
         padded = gazing["if_padded_gazing"][0].split(counts)
         tokens = []
         for frame, is_padded in zip(features.split(counts), padded, strict=True):
-            frame = frame[~is_padded].unflatten(0, (-1, self.merge ** 2)).flatten(1)  # s·s patches side by side
+            frame = frame[~is_padded]
+            frame = frame.unflatten(0, (-1, self.merge ** 2)).flatten(1)            # s·s patches side by side
             frame = self.project(frame)
-            if self.kind == "paligemma" and not hasattr(self.model.get_input_embeddings(), "embed_scale"):
-                frame = frame / self.config.text_config.hidden_size ** 0.5          # undone later, in transformers 4
+
+            # transformers 4 multiplies all embeddings by this again, 5 the text's beforehand
+            if self.kind == "paligemma" and not hasattr(embed_text, "embed_scale"):
+                frame = frame / self.config.text_config.hidden_size ** 0.5
             if self.kind == "llava_onevision":
-                frame = torch.cat([frame, self.model.model.image_newline[None]])    # ends every picture
+                newline = self.model.model.image_newline
+                frame = torch.cat([frame, newline.unsqueeze(0)])                    # ends every picture
             tokens.append(frame)
         return tokens
 
@@ -281,15 +289,16 @@ def merge_neighbours(features, gazing, n_merged=9):
     lists over frames of (ceil(n_t / 9), 9 · d). Nine neighbours in the order of their ids lie side by side; the last
     token of a frame is filled up with zeros. n_t: real gazes."""
     counts = gazing["num_gazing_each_frame"].tolist()
-    frames = list(zip(split_frames(gazing), features.split(counts, dim=1), strict=True))
+    by_frame = features.split(counts, dim=1)
     merged = []
     for clip in range(len(features)):
         tokens = []
-        for (ids, padded), x in frames:
+        for (ids, padded), frame in zip(split_frames(gazing), by_frame, strict=True):
             real = ~padded[clip]
-            x = x[clip, real]
-            x = x[ids[clip, real].argsort()]
-            x = F.pad(x, (0, 0, 0, -len(x) % n_merged))
+            order = ids[clip, real].argsort()
+            x = frame[clip, real][order]
+            missing = -len(x) % n_merged
+            x = F.pad(x, (0, 0, 0, missing))
             tokens.append(x.unflatten(0, (-1, n_merged)).flatten(1))
         merged.append(tokens)
     return merged
@@ -302,15 +311,18 @@ def gaze_for_nvila(processor, gaze, batch_size=NVILA_BATCH):
     the recommended ones. Its model then merges and reads what is gazed. batch_size: tiles at once in the gaze model."""
     def hook(videos_inputs):
         info = {}
-        for part, ratio, requirement in (("tiles", NVILA_RATIO, NVILA_REQUIREMENT), ("thumbnails", 1, None)):
-            ratio = getattr(processor, f"gazing_ratio_{part[:-1]}", ratio)
-            requirement = getattr(processor, f"task_loss_requirement_{part[:-1]}", requirement)
-            name = f"pixel_values_videos_{part}"
+        recommended = {"tile": (NVILA_RATIO, NVILA_REQUIREMENT), "thumbnail": (1, None)}
+        for part, (ratio, requirement) in recommended.items():
+            ratio = getattr(processor, f"gazing_ratio_{part}", ratio)
+            requirement = getattr(processor, f"task_loss_requirement_{part}", requirement)
+
+            # the gaze model's pixels; the processor leaves them out where everything is gazed
+            name = f"pixel_values_videos_{part}s"
             videos = videos_inputs.get(f"{name}_autogaze")
-            if videos is None:  # the processor leaves them out where everything is gazed
+            if videos is None:
                 videos = videos_inputs.get(name)
             if videos is not None:
-                info |= gaze_at_units(gaze, videos, part, ratio, requirement, processor, batch_size)
+                info |= gaze_at_units(gaze, videos, f"{part}s", ratio, requirement, processor, batch_size)
         return info
 
     processor._get_gazing_info_from_videos = hook
@@ -332,14 +344,17 @@ def gaze_at_units(gaze, videos, part, ratio, requirement, processor, batch_size)
         parts = []
         for video in videos:
             for units in video.split(batch_size):  # few at a time: a tile at the target size is large
-                parts.append(gaze.generate(units.to(gaze.pos_embed), ratio, requirement, target_scales=sides,
-                                           target_patch_size=p, batch_size=batch_size))
+                units = units.to(gaze.pos_embed)
+                parts.append(gaze.generate(units, ratio, requirement, target_scales=sides, target_patch_size=p,
+                                           batch_size=batch_size))
         gazing = join_clips(parts, encoder.num_ids)
 
-    counts = gazing["num_gazing_each_frame"].expand(sum(n_units), -1)
-    return {f"gazing_pos_{part}": list(gazing["gazing_pos"].split(n_units)),
-            f"if_padded_gazing_{part}": list(gazing["if_padded_gazing"].split(n_units)),
-            f"num_gazing_each_frame_{part}": list(counts.split(n_units))}
+    # every tile with its own row of counts, and all of it video by video
+    gazing["num_gazing_each_frame"] = gazing["num_gazing_each_frame"].expand(sum(n_units), -1)
+    info = {}
+    for name in TENSORS:
+        info[f"{name}_{part}"] = list(gazing[name].split(n_units))
+    return info
 
 
 class GridsOf:
