@@ -451,8 +451,9 @@ class Gaze(nn.Module):
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         clips = video
         if allowed is not None:
-            allowed = allowed_ids(allowed, self.config).to(video.device)
+            allowed = allowed_ids(allowed, self.config)
             ratio = ratio.clamp(max=int(allowed.sum()) / self.config.num_ids)
+            allowed = allowed.to(video.device)
 
         # tiles of whole frames are clips of their own
         if in_tiles:
