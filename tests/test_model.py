@@ -225,6 +225,16 @@ def test_a_ratio_written_as_n_over_v_gives_n(dtype, scales):
     assert [int(stream.budget(t)) for t in range(n_ids)] == n.tolist()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_chooses_the_same(gaze, video):
+    gaze, video = gaze.cuda(), video.cuda()
+    for ratio in (0.4, [0.9, 0.2, 0.37, 0.5], 0.4):
+        with torch.no_grad():
+            gaze.pos_embed += 1  # a recorded graph reads the weights as they are now
+        want = gaze.generate(video, ratio)
+        assert torch.equal(gaze.generate(video, ratio, cuda_graph=True)["gazing_pos"], want["gazing_pos"])
+
+
 def test_mixed_budgets(gaze, video):
     out = gaze.generate(video, MIXED)
     assert [list(map(len, as_frames(out, b))) for b in range(3)] == (MIXED * V).round().int().tolist()
