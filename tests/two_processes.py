@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-PRELOADED = ["argaze.train", "unigaze.train", "unigaze.train_mae", "transformers.models.dinov3_vit"]
+# the last is what DistributedDataParallel imports, which takes seconds
+PRELOADED = ["argaze.train", "unigaze.train", "unigaze.train_mae", "transformers.models.dinov3_vit", "torch._dynamo"]
 
 
 def two_processes(module, *args):
