@@ -94,6 +94,29 @@ def test_every_pick_is_the_best(mae):
     assert len({round(x, 4) for x in tried.values()}) > 5, "candidates should differ"
 
 
+def test_every_pick_is_the_best_of_those_tried(mae):
+    """The losses are true ones, nothing is taken twice, and the generator alone decides."""
+    video = normal_video(1)[0]
+
+    def sampled(n_tried, seed):
+        return label.greedy(mae, video, [3, 2, 2, 20], n_tried=n_tried, generator=torch.Generator().manual_seed(seed))
+    ids, losses = sampled(5, 0)
+    assert sampled(5, 0) == (ids, losses)
+    assert sampled(5, 1)[0] != ids
+    assert [len(set(frame)) for frame in ids] == [3, 2, 2, 20]
+
+    exact_ids, exact_losses = label.greedy(mae, video, [3, 2, 2, 20])
+    all_ids, all_losses = sampled(V, 0)
+    assert all_ids == exact_ids
+    assert sum(all_losses, []) == pytest.approx(sum(exact_losses, []), abs=1e-5)
+    assert exact_losses[0][0] < losses[0][0], "five of twenty miss the best"
+
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(0))
+    tried = {i: mae(video[None, :1], gazing_of([[i]]), [0])[1].item() for i in order[:5].tolist()}
+    assert ids[0][0] == min(tried, key=tried.get)
+    assert losses[0][0] == pytest.approx(min(tried.values()), abs=1e-5)
+
+
 def test_budgets():
     """They depend on the seed and the clip's name only, and keep to the ratios asked for."""
     cfg = label.Config(n_frames=4, ratio_min=0.1, ratio_max=0.4)
@@ -121,7 +144,8 @@ def job(tmp_path_factory, toy):
     folder = tmp_path_factory.mktemp("label")
     tiny_mae().save_pretrained(folder / "mae")
     args = [f"--root={toy}", f"--videomae={folder / 'mae'}", "--splits=train", "--n_frames=4", "--ratio_min=0.1",
-            "--max_clips=4", "--device=cpu"]
+            "--exact=false",
+            "--n_tried=8", "--max_clips=4", "--device=cpu"]
     run(args, folder / "whole.json")
     return args, json.loads((folder / "whole.json").read_text())
 
@@ -203,12 +227,22 @@ def test_only_the_clips_asked_for_are_written(job, toy, tmp_path, capsys):
     assert json.loads(out.read_text()) == whole and len(finished(tmp_path / "a.json.rank0.jsonl")) == 5
 
 
-@pytest.mark.parametrize("change", ["seed=1", "ratio_max=0.3", "alpha=5,1"])
+@pytest.mark.parametrize("change", ["seed=1", "ratio_max=0.3", "alpha=5,1", "n_tried=3", "exact=true"])
 def test_other_settings_are_refused(job, tmp_path, change):
     args, _ = job
     run(args, tmp_path / "a.json", "--max_clips=1")
     with pytest.raises(ValueError, match=f"a.json.rank0.jsonl.*other settings .{change.split('=')[0]}.*delete"):
         run(args, tmp_path / "a.json", f"--{change}")
+
+
+def test_exact_labels_of_the_time_before_there_was_another_search(job, tmp_path):
+    args, part = job[0], tmp_path / "a.json.rank0.jsonl"
+    run(args, tmp_path / "a.json", "--exact=true", "--max_clips=1")
+    for line in part.read_text().splitlines():
+        if '"settings"' in line:
+            assert not {"exact", "n_tried"} & json.loads(line)["settings"].keys()
+    run(args, tmp_path / "a.json", "--exact=true", "--max_clips=1", "--n_tried=3")
+    assert len(finished(part)) == 1
 
 
 def test_labels_of_another_reconstructor_are_refused(job, tmp_path):
