@@ -7,8 +7,8 @@
 
 For each slot of a frame every patch not yet gazed is tried, and the one that leaves the lowest reconstruction loss of
 that frame is kept, with that loss (paper, section 3.4). With --exact=false only n_tried of them are tried, drawn anew
-at random for every slot ("stochastic greedy", Mirzasoleiman et al., 2015): several times faster, the loss a few per cent
-higher (docs/training.md). Writes <out> in the published gazing_labels.json format:
+at random for every slot ("stochastic greedy", Mirzasoleiman et al., 2015): several times faster, with a higher loss
+(docs/training.md). Writes <out> in the published gazing_labels.json format:
     {"dataset/split/file.mp4": {"gazing_pos": [[id + V·t, …] per frame], "task_losses": [[loss after it, …] per frame]}}
 While it runs, each process appends a line per finished clip to <out>.rankN.jsonl, so a killed run loses one clip each.
 <out> holds the clips that this run was asked for (splits, max_clips), those that an earlier one did included.

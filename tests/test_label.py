@@ -144,8 +144,7 @@ def job(tmp_path_factory, toy):
     folder = tmp_path_factory.mktemp("label")
     tiny_mae().save_pretrained(folder / "mae")
     args = [f"--root={toy}", f"--videomae={folder / 'mae'}", "--splits=train", "--n_frames=4", "--ratio_min=0.1",
-            "--exact=false",
-            "--n_tried=8", "--max_clips=4", "--device=cpu"]
+            "--exact=false", "--n_tried=8", "--max_clips=4", "--device=cpu"]
     run(args, folder / "whole.json")
     return args, json.loads((folder / "whole.json").read_text())
 
