@@ -44,6 +44,10 @@ class Grids:
         return [(side // self.patch_size) ** 2 for side in self.scale_list]
 
     @property
+    def grids(self):  # rows and columns of patches, scale by scale
+        return [(side // self.patch_size, side // self.patch_size) for side in self.scale_list]
+
+    @property
     def num_ids(self):  # V; also the id of the padding token
         return sum(self.ids_per_scale)
 
@@ -194,6 +198,39 @@ def grid(gazing_mask, size, grids=None):
         cells = cells[:, :, :, column]
         union = cells if union is None else union | cells
     return union
+
+
+def merged_groups(gazing_mask, size, merge=2, n_frames=1, grids=None):
+    """Which tokens to keep of an encoder that merges merge x merge patches of one grid, and n_frames frames, into one.
+
+    gazing_mask: S tensors (B, T, V_s); size (h, w): of the encoder's grid, in patches; grids: as in grid().
+    Returns (B, T / n_frames, h / merge, w / merge) bool: tokens of which a gazed patch of any scale covers a part. The
+    last frame is repeated where T is no multiple. ValueError: the grid holds no whole groups."""
+    if size[0] % merge or size[1] % merge:
+        raise ValueError(f"a grid of {size[0]} x {size[1]} patches does not split into groups of {merge} x {merge}")
+    cells = grid(gazing_mask, size, grids)
+    missing = -cells.shape[1] % n_frames
+    cells = torch.cat([cells, cells[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+    groups = rearrange(cells, "b (t f) (i y) (j x) -> b t i j (f y x)", f=n_frames, y=merge, x=merge)
+    return groups.any(dim=-1)
+
+
+def gaze_at_groups(groups, merge):
+    """The gazing of all patches of whole groups, group by group: groups (B, T, h, w) bool, of merge x merge patches of
+    one grid; within a group row by row. Ids count the patches of that grid."""
+    h, w = groups.shape[2:]
+    V = h * w * merge ** 2
+    ids = torch.arange(V, device=groups.device)
+    patches = rearrange(ids, "(i y j x) -> (i j) (y x)", i=h, y=merge, j=w, x=merge)
+
+    frames = []
+    for t, kept in enumerate(groups.flatten(2).unbind(1)):
+        n_kept = kept.sum(dim=1, keepdim=True)
+        order, _ = pack_front(kept)
+        order = order[:, :int(n_kept.max())]
+        padded = torch.arange(order.shape[1], device=groups.device) >= n_kept
+        frames.append((patches[order].flatten(1) + V * t, padded.repeat_interleave(merge ** 2, dim=1)))
+    return join_frames(frames)
 
 
 def to_masks(gazing, ids_per_scale):
@@ -440,6 +477,29 @@ def split_ratio(kind, ratio, n_frames, alpha, generator):
     return (share * ratio * n_frames).clamp(0, 1)
 
 
+def allowed_ids(allowed, config):
+    """Scales, "112+224", or a list or tensor of ids -> (V,) bool. ValueError names what the config does not have."""
+    V = config.num_ids
+    mask = torch.zeros(V, dtype=torch.bool)
+    if isinstance(allowed, str):
+        first_id = 0
+        sides = allowed.split("+")
+        for side, n_ids in zip(config.scale_list, config.ids_per_scale, strict=True):
+            mask[first_id:first_id + n_ids] = str(side) in sides
+            first_id += n_ids
+        unknown = set(sides) - {str(side) for side in config.scale_list}
+        if unknown:
+            raise ValueError(f"allowed={allowed!r}: the model's scales are {config.scales}, joined by +")
+        return mask
+
+    ids = torch.as_tensor(allowed)
+    if ids.dim() != 1 or ids.numel() == 0 or ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= V:
+        raise ValueError(f"allowed must be scales of the model, such as {str(config.scale_list[-1])!r}, or a list of "
+                         f"ids from 0 to {V - 1}")
+    mask[ids] = True
+    return mask
+
+
 def to_budgets(ratios, n_ids):
     """Per-frame ratios -> patches per frame, at least one; the rule of Gaze.generate."""
     return [max(1, int(ratio * n_ids + 1e-4)) for ratio in ratios]
@@ -452,6 +512,64 @@ def random_gazing(budgets, n_clips, n_ids, generator=None):
         scores = torch.rand(n_clips, n_ids, generator=generator)
         frames.append(scores.argsort(dim=1)[:, :n_t])
     return from_lists(frames, n_ids, "cpu")
+
+
+def all_patches(config, n_clips, n_frames, scale=None):
+    """The gazing of every patch of every frame. config: a GazeConfig, or the GazeSigLIP that will read it. scale: of
+    one scale only, -1 the finest."""
+    ids_per_scale = config.ids_per_scale
+    ids = torch.arange(config.num_ids)
+    if scale is not None:
+        ids = ids.split(ids_per_scale)[scale]
+    frames = [ids.expand(n_clips, -1)] * n_frames
+    gazing = from_lists(frames, config.num_ids, "cpu")
+    return gazing | {"gazing_mask": to_masks(gazing, ids_per_scale)}
+
+
+def from_heatmap(heat, budget, config):
+    """Gazes by a heat map in place of the model: where people looked, what a detector found.
+
+    heat (B, T, h, w) of any resolution, at least 0; budget: patches per frame, one number or a list of T; config: a
+    GazeConfig, or the GazeSigLIP that will read the gazes. Returns a gazing with gazing_mask, each frame's patches
+    coarse to fine. ValueError: a map with negative numbers or NaN, a budget that no frame has.
+
+    The patch taken next is the one that adds most: the heat under it times what it sharpens. So coarse patches come
+    where heat is spread out, fine ones where it peaks."""
+    V = config.num_ids
+    finest = config.grids[-1]
+    if heat.dim() != 4 or heat.numel() == 0 or not heat.isfinite().all() or (heat < 0).any():
+        raise ValueError(f"heat has shape {tuple(heat.shape)}, expected (B, T, h, w), finite numbers from 0 up")
+    B, T = heat.shape[:2]
+    budgets = [budget] * T if isinstance(budget, int) else list(budget)
+    if len(budgets) != T or not all(1 <= n_t <= V for n_t in budgets):
+        raise ValueError(f"budget={budget}: give 1 to {V} patches, one number or one for each of the {T} frames")
+
+    # the finest grid's cells: their heat, and which of them each patch covers
+    heat = F.interpolate(heat.float(), finest, mode="area").flatten(2)  # (B, T, cells)
+    single_patches = torch.eye(V, device=heat.device).unsqueeze(0).split(config.ids_per_scale, dim=2)
+    covers = grid(single_patches, finest, config.grids)[0]
+    covers = covers.flatten(1).float()                                  # (V, cells)
+
+    # how sharply each patch shows them, the finest scale's being 1
+    sharpness = []
+    for n_ids in config.ids_per_scale:
+        sharpness += [(n_ids / config.ids_per_scale[-1]) ** 0.5] * n_ids
+    sharpness = torch.tensor(sharpness, device=heat.device)             # (V,)
+
+    frames = []
+    for t, n_t in enumerate(budgets):
+        seen = torch.zeros_like(heat[:, t])                             # how sharply each cell is seen by now
+        chosen = torch.zeros(B, V, dtype=torch.bool, device=heat.device)
+        for _ in range(n_t):
+            sharper = sharpness[:, None] * covers - seen.unsqueeze(1)   # (B, V, cells)
+            gain = (heat[:, t].unsqueeze(1) * sharper.clamp(min=0)).sum(dim=2)
+            best = gain.masked_fill(chosen, -1).argmax(dim=1)
+            chosen.scatter_(1, best.unsqueeze(1), True)
+            seen = torch.maximum(seen, sharpness[best, None] * covers[best])
+        ids, _ = pack_front(chosen)                                     # ascending: coarse to fine
+        frames.append(ids[:, :n_t])
+    gazing = from_lists(frames, V, heat.device)
+    return gazing | {"gazing_mask": to_masks(gazing, config.ids_per_scale)}
 
 
 def per_row(value, n_rows, name):

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from gazing import (
     Grids,
     Tiling,
+    allowed_ids,
     already_gazed,
     at_frame,
     batches,
@@ -423,7 +424,7 @@ class Gaze(nn.Module):
     @torch.no_grad()
     def generate(self, video, gazing_ratio=None, task_loss_requirement=None, temperature=0.0, reference=None,
                  generator=None, num_copies=1, target_scales=None, target_patch_size=None, chunk=False,
-                 batch_size=None, cuda_graph=False):
+                 batch_size=None, allowed=None, cuda_graph=False):
         """Choose patches for whole clips.
 
         video: (B, T, 3, R', R') normalised pixels. gazing_ratio: share of the V patches each frame may take, a float, a
@@ -436,8 +437,10 @@ class Gaze(nn.Module):
         target_scales, target_patch_size: choose patches for an encoder with these, in tiles; see Tiling. Frames need
         not be square then. chunk: take a video of more than max_num_frames in chunks of that length, each of which
         starts afresh; without it such a video is a ValueError. batch_size: how many clips, chunks or tiles run
-        together, which bounds memory; default: all clips, 16 chunks or tiles. cuda_graph: replay the decoder as one
-        CUDA graph if all clips have the same budget, no requirement and no generator (not yet run on a GPU).
+        together, which bounds memory; default: all clips, 16 chunks or tiles. allowed: gaze only at these scales,
+        "112+224", or ids, in this model's own numbering whatever the target; the ratio stays a share of all V.
+        cuda_graph: replay the decoder as one CUDA graph if all clips have the same budget and there is neither
+        requirement, generator nor allowed (not yet run on a GPU).
 
         Returns the dict of the module's docstring plus gazing_mask, a list of S tensors (G·B, T, V_s) of 0/1.
         """
@@ -451,6 +454,10 @@ class Gaze(nn.Module):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         clips = video
+        if allowed is not None:
+            allowed = allowed_ids(allowed, self.config)
+            ratio = ratio.clamp(max=int(allowed.sum()) / self.config.num_ids)
+            allowed = allowed.to(video.device)
 
         # tiles of whole frames are clips of their own
         if in_tiles:
@@ -486,7 +493,7 @@ class Gaze(nn.Module):
         for start in range(0, len(ratio), batch_size):
             part = slice(start, start + batch_size)
             parts.append(self.decode(vision[clip_of_row[part]], stream_class, ratio[part], requirement[part],
-                                     temperature, generator, cuda_graph))
+                                     temperature, generator, allowed, cuda_graph))
         gazing = join_clips(parts, self.config.num_ids)
 
         # put chunks and tiles together
@@ -499,13 +506,15 @@ class Gaze(nn.Module):
             return tiling.join(masks)
         return gazing | {"gazing_mask": masks}
 
-    def decode(self, vision, stream_class, ratio, requirement, temperature, generator, cuda_graph):
+    def decode(self, vision, stream_class, ratio, requirement, temperature, generator, allowed, cuda_graph):
         """vision (B, T, P, D), ratio and requirement (B, T) -> gazing."""
         def work(vision):
-            return stream_class(self, ratio, requirement, temperature, generator).run(vision)
+            stream = stream_class(self, ratio, requirement, temperature, generator)
+            stream.allowed = allowed
+            return stream.run(vision)
 
         in_step = bool((ratio == ratio[:1]).all() and requirement.max() == -math.inf)
-        if not (cuda_graph and vision.is_cuda and in_step and generator is None):
+        if not (cuda_graph and vision.is_cuda and in_step and generator is None and allowed is None):
             return work(vision)
         key = stream_class, str(self.config), tuple(ratio[0].tolist()), temperature
         return replay(work, vision, key, self)
@@ -557,6 +566,8 @@ class GazeStream:
     its neighbours do, and a token's RoPE position is its index. How many there are is counted in Python. While all
     clips have the same number, attention needs no mask, and nothing is read from the device or copied to it.
     """
+
+    allowed = None  # (V,) bool: ids that may be chosen; none: all
 
     def __init__(self, model, ratio, requirement, temperature, generator):
         self.model = model
@@ -664,6 +675,8 @@ class GazeStream:
         # the padding id and what has been chosen in this frame
         banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
         banned[:, V] = True
+        if self.allowed is not None:
+            banned[:, :V] = ~self.allowed
         stopped = torch.zeros(B, 1, dtype=torch.bool, device=self.device)
         all_stopped = False
         frame_ids = []

@@ -3,7 +3,7 @@
     siglip = GazeSigLIP.from_pretrained("google/siglip2-base-patch16-224", scales="32+64+112+224")  # or a folder
     out = gaze.generate(video, gazing_ratio=0.1)   # of another size: target_scales=, target_patch_size= as siglip has
     features = siglip(frames.float() / 127.5 - 1, out)   # (B, N, D), zeros in padded slots
-    tokens = features[0][~out["if_padded_gazing"][0]]                    # what a language model would take of clip 0
+    tokens = features[0][~out["if_padded_gazing"][0]]    # those of clip 0; mllm.py puts them into language models
 
 The weights are those of transformers' SiglipVisionModel. New is what surrounds them: patches of several scales, the
 image's position embedding resized to each scale's grid, and attention over all frames of a clip as one sequence. There
@@ -40,15 +40,25 @@ class GazeSigLIP(nn.Module):
     attention: a token sees, in its clip, "block_causal" the tokens of its own and earlier frames; "causal" itself and
     the tokens before it; "bidirectional" all. frame_independent: and only those of its own frame. There is no dropout:
     SigLIP's is 0 in its published files.
+
+    layer: which of transformers' hidden_states the features are: -1 those behind the last layer, -2 those before it,
+    which many language models take. norm: with SigLIP's last norm; hidden_states are without.
     """
 
-    def __init__(self, network, scales, attention="block_causal", frame_independent=False):
+    def __init__(self, network, scales, attention="block_causal", frame_independent=False, layer=-1, norm=True):
         super().__init__()
         if attention not in ATTENTION:
             raise ValueError(f"attention={attention!r} is none of {', '.join(ATTENTION)}")
         self.attention = attention
         self.frame_independent = frame_independent
+        self.norm = norm
         self.network = quicken(getattr(network, "vision_model", network))  # transformers 4 wraps it once more
+
+        # hidden_states[0] are the embeddings, so there is one more of them than of layers
+        n_layers = len(self.network.encoder.layers)
+        if not -n_layers - 1 <= layer <= n_layers:
+            raise ValueError(f"layer={layer}: this network has {n_layers} layers, give {-n_layers - 1} to {n_layers}")
+        self.n_layers = layer if layer >= 0 else n_layers + 1 + layer
         self.patch_size = p = self.network.config.patch_size
 
         self.scales = as_sides(scales)
@@ -59,7 +69,7 @@ class GazeSigLIP(nn.Module):
         self.num_ids = sum(self.ids_per_scale)  # V
 
     @classmethod
-    def from_pretrained(cls, folder, scales=None, attention=None, frame_independent=None):
+    def from_pretrained(cls, folder, scales=None, attention=None, frame_independent=None, layer=-1, norm=True):
         """Load a SigLIP (of transformers, the vision part or whole) from a folder or a hub id, in float32. What is None
         comes from config.json's scales, attn_type, frame_independent_encoding, which published gaze encoders have.
 
@@ -91,13 +101,13 @@ class GazeSigLIP(nn.Module):
             attention = getattr(c, "attn_type", "block_causal")
         if frame_independent is None:
             frame_independent = getattr(c, "frame_independent_encoding", False)
-        return cls(network.float(), scales, attention, frame_independent)
+        return cls(network.float(), scales, attention, frame_independent, layer, norm)
 
     def forward(self, pixels, gazing):
         """pixels (B, T, 3, H, W) of any size, as SigLIP takes them: 0..255 / 127.5 - 1, not those of
         data.to_model_pixels. gazing: the dict of gazing.py, made for these scales and this patch size.
 
-        Returns features (B, N, D) after the last norm, in the order of the gaze's slots; zeros in padded ones.
+        Returns features (B, N, D) of `layer`, in the order of the gaze's slots; zeros in padded ones.
         ValueError: wrong pixels; a real slot's id is none of its frame's (a gaze for other scales or patches)."""
         weight = self.network.embeddings.patch_embedding.weight
         pixels = check_video(pixels, weight, "frames.float() / 127.5 - 1", name="pixels")
@@ -122,7 +132,7 @@ class GazeSigLIP(nn.Module):
         else:
             sequences = [list(accumulate(row)) for row in counts]
 
-        for layer in self.network.encoder.layers:
+        for layer in self.network.encoder.layers[:self.n_layers]:
             attention = layer.self_attn
             y = layer.layer_norm1(x)
             projected = [attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)]
@@ -131,7 +141,8 @@ class GazeSigLIP(nn.Module):
             x = x + attention.out_proj(rearrange(y, "r h m d -> (r m) (h d)"))
             x = x + layer.mlp(layer.layer_norm2(x))
 
-        x = self.network.post_layernorm(x)
+        if self.norm:
+            x = self.network.post_layernorm(x)
         features = x.new_zeros(*gazing["gazing_pos"].shape, x.shape[1])
         return features.index_put((clip, slot), x)
 
@@ -205,7 +216,8 @@ class GazeSigLIP(nn.Module):
         return torch.cat(out, dim=2)
 
     def pool(self, features, gazing):
-        """features (B, N, D) of forward -> (B, D), SigLIP's attention pooling over the real slots of each clip."""
+        """features (B, N, D) of forward, after the last layer and norm -> (B, D), SigLIP's attention pooling over the
+        real slots of each clip."""
         pooled = []
         for clip, padded in zip(features, gazing["if_padded_gazing"], strict=True):
             pooled.append(self.network.head(clip[~padded].unsqueeze(0)))

@@ -6,7 +6,7 @@
 
 The shared parts read these keys of a script's config; all else in it is the script's own business:
 
-    device             auto | cpu | cuda | cuda:N          start
+    device             auto | cpu | cuda | cuda:N | mps    start
     batch_size         divided over the processes          start
     seed               range of values                     configurator.load
     dtype tf32 compile precision                           prepare
@@ -58,7 +58,11 @@ def init_processes(device="auto"):
     local = int(os.environ.get("LOCAL_RANK", 0))
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cpu"
+        if torch.backends.mps.is_available():  # Apple's
+            device = "mps"
+        if torch.cuda.is_available():
+            device = "cuda"
     if device == "cuda":
         device = f"cuda:{local}"
     if device.startswith("cuda"):
@@ -172,6 +176,8 @@ def now(device):
     """perf_counter after a device synchronisation, so that differences measure GPU work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -183,7 +189,7 @@ def prepare(module, optimizer, cfg, world, device, resumed):
     pass too. compile works in place, so parameter names in checkpoints stay.
     """
     dtype = cfg.dtype
-    if dtype == "auto" and device.type == "cpu":
+    if dtype == "auto" and device.type != "cuda":
         dtype = "float32"
     elif dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"

@@ -202,3 +202,28 @@ def test_random_gazings_take_distinct_patches():
 def test_nonsense_in_a_config_is_named(change, named):
     with pytest.raises(ValueError, match=named):
         tiny_gaze(**change)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# own choices
+
+
+@pytest.mark.parametrize("allowed, ids", [("32", range(4, 20)), ("16+32", range(20)), ([3, 7, 9], [3, 7, 9]),
+                                          (torch.tensor([0, 19]), [0, 19])])
+@pytest.mark.parametrize("reference", [False, True])
+def test_only_allowed_ids_are_gazed_at(allowed, ids, reference):
+    video = normal_video(2, 2)
+    gaze = tiny_gaze()
+    out = gaze.generate(video, gazing_ratio=1.0, allowed=allowed, reference=reference)
+    for positions, padded in split_frames(out):
+        assert [sorted((clip % V).tolist()) for clip in positions] == [list(ids)] * 2 and not padded.any()
+
+    # the target's numbering does not matter: two tiles are gazed at, each with these ids only
+    wide = gaze.generate(normal_video(1, 2), 1.0, allowed="32", target_scales=[(16, 32), (32, 64)], reference=reference)
+    assert wide["gazing_mask"][0].sum() == 0 and wide["gazing_mask"][1].all()
+
+
+@pytest.mark.parametrize("allowed", ["224", [], [20], [-1], [0.5], torch.ones(V, dtype=torch.bool)])
+def test_ids_and_scales_that_the_model_lacks_are_refused(allowed):
+    with pytest.raises(ValueError, match="allowed"):
+        tiny_gaze().generate(normal_video(1, 1), 1.0, allowed=allowed)

@@ -2,6 +2,11 @@
 import ast
 from pathlib import Path
 
+import pytest
+import torch
+
+from lib import run
+
 LIB = Path(__file__).parent.parent / "lib"
 
 
@@ -12,3 +17,13 @@ def test_lib_imports_no_system():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             assert not {name.split(".")[0] for name in names} & systems, f"{path.name} imports {names}"
+
+
+@pytest.mark.parametrize("has_mps, has_cuda, expected", [
+    (False, False, "cpu"), (True, False, "mps"), (True, True, "cuda:0")])
+def test_the_device_is_chosen_by_what_there_is(has_mps, has_cuda, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    assert str(run.init_processes("auto")[2]) == expected

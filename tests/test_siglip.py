@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import normal_video, tiny_gaze
 from safetensors.torch import load_file
 
+from gazing import all_patches
 from siglip import ATTENTION, GazeSigLIP
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,7 +29,7 @@ def load(**settings):
     return GazeSigLIP.from_pretrained(GOLDEN / "gaze_vit", **settings).eval().requires_grad_(False)
 
 
-def tiny_vit(image_size, patch_size, scales, **settings):
+def tiny_vit(image_size, patch_size, scales, enlarged=3, **settings):
     from transformers import SiglipVisionConfig, SiglipVisionModel
     torch.manual_seed(0)
     network = SiglipVisionModel(SiglipVisionConfig(
@@ -37,7 +38,7 @@ def tiny_vit(image_size, patch_size, scales, **settings):
     with torch.no_grad():
         for p in network.parameters():
             if p.dim() > 1:
-                p *= 3
+                p *= enlarged
     return GazeSigLIP(network, scales, **settings).eval().requires_grad_(False)
 
 
@@ -116,6 +117,16 @@ def test_all_patches_of_an_image_are_plain_siglip():
     plain, out = network(video[:, 0]), vit(video, gazing)
     close(out, plain.last_hidden_state, rtol=1e-4, atol=1e-5)
     close(vit.pool(out, gazing), plain.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1, -3, -2, -1])
+def test_features_of_a_layer_are_transformers_hidden_states(layer):
+    """layer=-2, norm=False is what NVILA's projector takes."""
+    vit = tiny_vit(32, 8, "32", enlarged=1, frame_independent=True, layer=layer, norm=False)
+    video = normal_video(2, 3)
+    out = vit(video, all_patches(vit, 2, 3))
+    states = vit.network(video.flatten(0, 1), output_hidden_states=True).hidden_states[layer]
+    close(out, states.reshape(out.shape), rtol=1e-5, atol=1e-5)
 
 
 def test_whole_siglip_with_text(tmp_path, capsys):
@@ -254,7 +265,7 @@ def test_8_bit_pixels_are_refused(vit):
 @pytest.mark.parametrize("settings, message", [
     (dict(scales="16,32"), "sides joined by"), (dict(scales=[16, "x"]), "sides joined by"),
     (dict(scales=[16, 0.5]), "sides joined by"), (dict(scales=""), "sides joined by"),
-    (dict(scales=[]), "sides joined by"), (dict(scales="4+32"), "8 pixels"),
+    (dict(scales=[]), "sides joined by"), (dict(scales="4+32"), "8 pixels"), (dict(layer=9), "this network has"),
     (dict(attention="full"), "block_causal, causal, bidirectional")])
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
