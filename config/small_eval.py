@@ -3,4 +3,4 @@ root = "data/small_eval"    # make_data.py cut config/small_data.py --out=data/s
 n_frames = 8
 ratios = "0.1,0.05,0.2"
 max_clips = 173
-greedy_clips = 0            # at the other ratios
+greedy = False              # 10 s a clip: with --greedy=true --max_clips=24
