@@ -1,6 +1,7 @@
 """Find gaze sequences by greedy search with the frozen reconstructor, as training targets for train_ntp.py.
 
     python label.py config/toy_label.py
+    python label.py config/toy_label.py --teacher=out/toy/grpo --out=taught.json     # a gaze model's own choices
     torchrun --nproc_per_node=8 label.py --root=data/mine --videomae=out/videomae    # every process labels its share
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 label.py …   # both nodes
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 label.py config/toy_label.py       # on a CPU: one process per core
@@ -8,7 +9,8 @@
 For each slot of a frame every patch not yet gazed is tried, and the one that leaves the lowest reconstruction loss of
 that frame is kept, with that loss (paper, section 3.4). With --exact=false only n_tried of them are tried, drawn anew
 at random for every slot ("stochastic greedy", Mirzasoleiman et al., 2015): several times faster, with a higher loss
-(docs/training.md). Writes <out> in the published gazing_labels.json format:
+(docs/training.md). With --teacher the labels are what a trained gaze model takes at the same budgets, and the losses
+that it predicts: to train another model like it. Writes <out> in the published gazing_labels.json format:
     {"dataset/split/file.mp4": {"gazing_pos": [[id + V·t, …] per frame], "task_losses": [[loss after it, …] per frame]}}
 While it runs, each process appends a line per finished clip to <out>.rankN.jsonl, so a killed run loses one clip each.
 <out> holds the clips that this run was asked for (splits, max_clips), those that an earlier one did included.
@@ -35,6 +37,7 @@ from data import Clips, VideoError, check_names, to_model_pixels, video_key
 from gazing import draw_ratio, parse_alpha, split_ratio, to_budgets
 from lib import configurator, run
 from lib.checkpoint import write_whole
+from model import Gaze
 from videomae import load_videomae
 
 
@@ -42,7 +45,8 @@ from videomae import load_videomae
 class Config:
     root: str = "data/toy"             # folders with train/ and val/, separated by commas
     splits: str = "train,val"          # which of them to label
-    videomae: str = "out/videomae"     # the reconstructor: folder or state-dict file
+    teacher: str | None = None         # a gaze model, folder or hub id, whose choices to write down; none: search
+    videomae: str = "out/videomae"     # the reconstructor: folder or state-dict file; not needed with a teacher
     loss_type: str = "l1"              # reconstruction loss: l1, dinov2_reg and siglip2, joined by +
     loss_weights: str = "1"            # of its terms (published: l1+dinov2_reg+siglip2 with 1+0.3+0.3)
     dinov2_reg: str | None = None      # folder or hub id of that network; none: in the videomae file, else published
@@ -169,6 +173,17 @@ def greedy(mae, video, budgets, max_candidates=512, n_tried=None, generator=None
     return gazing_pos, task_losses
 
 
+@torch.no_grad()
+def ask(teacher, video, budgets):
+    """What a gaze model takes of one clip, in place of greedy: the same arguments, the same kind of result."""
+    V = teacher.config.num_ids
+    gazing = teacher.generate(video[None], torch.tensor([budgets]) / V)
+    _, predicted = teacher(video[None], gazing)  # (1, N), the loss after each gaze
+    ids = gazing["gazing_pos"][0] % V
+    return ([frame.tolist() for frame in ids.split(budgets)],
+            [frame.tolist() for frame in predicted[0].split(budgets)])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the command
 
@@ -185,15 +200,19 @@ def clip_budgets(cfg, key, V):
     return to_budgets(split_ratio("dirichlet", ratio, cfg.n_frames, cfg.alpha, generator), V)
 
 
-def label_clip(mae, cfg, data, i):
-    """The label of clip i of `data`, as it goes into the file."""
+def label_clip(network, cfg, data, i):
+    """The label of clip i of `data`, as it goes into the file. network: the reconstructor, or the teacher."""
     path = data.paths[i]
     key = video_key(path)
-    video = to_model_pixels(data.read(path).to(mae.decoder.mask_token.device))
-    V = mae.config.num_ids
+    device = next(network.parameters()).device
+    video = to_model_pixels(data.read(path).to(device))
+    V = network.config.num_ids
     budgets = clip_budgets(cfg, key, V)
-    n_tried = None if cfg.exact else cfg.n_tried
-    ids, losses = greedy(mae, video, budgets, cfg.max_candidates, n_tried, clip_generator(cfg, key))
+    if cfg.teacher:
+        ids, losses = ask(network, video, budgets)
+    else:
+        n_tried = None if cfg.exact else cfg.n_tried
+        ids, losses = greedy(network, video, budgets, cfg.max_candidates, n_tried, clip_generator(cfg, key))
 
     gazing_pos = []
     task_losses = []
@@ -203,12 +222,14 @@ def label_clip(mae, cfg, data, i):
     return {"key": key, "gazing_pos": gazing_pos, "task_losses": task_losses}
 
 
-def settings_of(cfg, mae):
-    """What the labels depend on. A reconstructor that was trained anew under the same name finds other labels."""
+def settings_of(cfg, network):
+    """What the labels depend on. A network that was trained anew under the same name finds other labels."""
     settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    if not cfg.teacher:
+        del settings["teacher"]
     if cfg.exact:  # as files of the time when there was no other search
         del settings["exact"], settings["n_tried"]
-    checksum = sum(p.double().abs().sum().item() for p in mae.parameters())
+    checksum = sum(p.double().abs().sum().item() for p in network.parameters())
     return settings | {"weights": f"{checksum:.6g}"}
 
 
@@ -234,14 +255,17 @@ def read_parts(out, settings):
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
     rank, world, device = run.init_processes(cfg.device)
-    mae = load_videomae(cfg, device)
-    c = mae.config
+    if cfg.teacher:
+        network = Gaze.from_pretrained(cfg.teacher).to(device).eval()
+    else:
+        network = load_videomae(cfg, device)
+    c = network.config
 
     # ---- what earlier runs have done
     first_root = cfg.root.split(",")[0]
     out = Path(cfg.out or f"{first_root}/gazing_labels.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(cfg, mae)
+    settings = settings_of(cfg, network)
     done = read_parts(out, settings)
     run.barrier()  # nobody writes before all have read, or they would share out different lists
 
@@ -266,14 +290,14 @@ def main():
         part.write("\n" + json.dumps({"settings": settings}) + "\n")  # the newline ends a line cut off by a kill
         for data, i in tqdm(mine, desc="labels", unit="clip", disable=rank > 0, mininterval=2):
             try:
-                label = label_clip(mae, cfg, data, i)
+                label = label_clip(network, cfg, data, i)
             except VideoError as error:
                 warnings.warn(str(error), stacklevel=1)
                 n_bad += 1
                 continue
             part.write(json.dumps(label) + "\n")
             part.flush()
-            n_tried = c.num_ids if cfg.exact else cfg.n_tried
+            n_tried = c.num_ids if cfg.exact else cfg.n_tried  # of a search; a teacher tries none
             for losses in label["task_losses"]:
                 n_candidates += sum(min(n_tried, c.num_ids - j) for j in range(len(losses)))
     seconds = time.time() - t0
@@ -290,7 +314,8 @@ def main():
 
         if mine:
             rate = n_candidates / max(seconds, 1e-9)
-            print(f"{seconds / len(mine):.4f} s per clip and process, {rate:.0f} candidates per second in all")
+            searched = "" if cfg.teacher else f", {rate:.0f} candidates per second in all"
+            print(f"{seconds / len(mine):.4f} s per clip and process{searched}")
         print(f"{out}: labels of {len(labels)} clips")
         if n_bad:
             print(f"{int(n_bad)} unreadable files left out")

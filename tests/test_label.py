@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import normal_video, tiny_mae
+from conftest import normal_video, tiny_gaze, tiny_mae
 
 import label
 from data import collate_gaze
@@ -178,6 +178,18 @@ def test_labels_round_trip(job, tmp_path):
         real = ~gazing["if_padded_gazing"][b]
         assert gazing["gazing_pos"][b, real].tolist() == sum(entry["gazing_pos"], [])
         assert gazing["task_losses"][b, real].tolist() == pytest.approx(sum(entry["task_losses"], []))
+
+
+def test_a_teachers_choices_are_labels(job, tmp_path):
+    teacher = tiny_gaze()
+    teacher.save_pretrained(tmp_path / "teacher")
+    run(job[0], tmp_path / "taught.json", f"--teacher={tmp_path / 'teacher'}")
+    labels = load_labels(tmp_path / "taught.json")
+    for key, entry in labels.items():
+        check_label(key, entry, 4, V, "taught.json")
+        counts = [len(f) for f in entry["gazing_pos"]]
+        assert counts == label.clip_budgets(label.Config(n_frames=4, ratio_min=0.1), key, V)
+    assert {k: e["gazing_pos"] for k, e in labels.items()} != {k: e["gazing_pos"] for k, e in job[1].items()}
 
 
 def test_resume(job, tmp_path):
