@@ -19,7 +19,6 @@ lr = 2e-4
 batch_size = 2
 micro_batch = 0
 steps = 400
-val_ratio = 0.1
 val_clips = 128
 val_every = 10000
 save_every = 100

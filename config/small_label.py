@@ -5,4 +5,3 @@ out = "out/small/gazing_labels.json"
 n_frames = 8
 ratio_min = 0.04        # 27 of 672 patches
 ratio_max = 0.25        # 168
-ratio_rate = 10.0

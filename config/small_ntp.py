@@ -24,7 +24,6 @@ lr = 1.5e-3
 lr_end = 2e-5
 lr_schedule = "linear_w_warmup"
 warmup = 0.05
-val_ratio = 0.1
 val_clips = 128
 val_every = 10000
 save_every = 250

@@ -239,7 +239,10 @@ def test_config_files(path):
     last = path.stem.removesuffix("_paper").split("_")[-1]
     names = {"perceptual": "train_grpo", "label": "label", "eval": "eval", "data": "make_data"}
     script = importlib.import_module(names.get(last, f"train_{last}"))
-    cls = script.ToyConfig if last == "data" else script.Config
+    if last == "data":
+        cls = script.ToyConfig if "toy" in path.stem else script.CutConfig
+    else:
+        cls = script.Config
     cfg = configurator.load(cls, [str(path)], verbose=False)
     assert isinstance(cfg, cls)
     if last != "perceptual" and not path.stem.endswith("_paper"):  # these change what an earlier file has set
