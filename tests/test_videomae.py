@@ -1,5 +1,6 @@
 """videomae.py: what the reconstruction of a frame may depend on, its loss, and its files."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -388,3 +389,11 @@ def test_config(tmp_path):
     for bad in (dict(scales="32+64"), dict(scales="30+224")):
         with pytest.raises(ValueError, match="scales"):
             VideoMAEConfig(**bad)
+
+
+def test_the_reconstructor_of_the_repository_sees_more_with_more_patches():
+    small = VideoMAE.from_pretrained(Path(__file__).parent.parent / "weights/small/videomae").freeze()
+    ramp = torch.linspace(-1, 1, 64)
+    video = (ramp.view(-1, 1) * ramp).expand(1, 2, 3, 64, 64)
+    few, many = (small(video, random_gazing([n, n], 1, 84, torch.Generator().manual_seed(0)), [1])[1] for n in (4, 60))
+    assert many < few
