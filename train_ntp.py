@@ -1,6 +1,6 @@
 """Stage 1: next-token prediction. The gaze model learns to continue the greedy gaze sequences that label.py found.
 
-    python train_ntp.py config/toy_ntp.py                                            # 2 CPU cores, about three minutes
+    python train_ntp.py config/toy_ntp.py                                            # 2 CPU cores, three to six minutes
     python train_ntp.py config/ntp.py --root=data/mine --labels=labels.json          # one GPU
     torchrun --nproc_per_node=8 train_ntp.py config/ntp.py --root=a,b,c --labels=gazing_labels.json
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ntp.py … # both nodes

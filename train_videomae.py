@@ -1,6 +1,6 @@
 """Train the reconstructor: a masked autoencoder on videos that sees random multi-scale gazes and paints whole frames.
 
-    python train_videomae.py config/toy_videomae.py                                  # 2 CPU cores, about three minutes
+    python train_videomae.py config/toy_videomae.py                                  # 2 CPU cores, three to six minutes
     python train_videomae.py config/videomae.py --root=data/mine                     # one GPU, published ViT-L
     torchrun --nproc_per_node=8 train_videomae.py config/videomae.py --root=a,b,c
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_videomae.py …

@@ -1,4 +1,4 @@
-# NTP on the toy set: a gaze model of 0.2 M parameters. Two CPU cores, about three minutes.
+# NTP on the toy set: a gaze model of 0.2 M parameters. Two CPU cores, three to six minutes.
 root = "out/toy/data"  # make toy generates it
 labels = "out/toy/gazing_labels.json"
 videomae = "out/toy/videomae"
