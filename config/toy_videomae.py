@@ -1,4 +1,4 @@
-# The reconstructor of the toy run: 32 px, 21 patch ids per frame, 0.3 M parameters. Two CPU cores, three to six minutes.
+# The reconstructor of the toy run: 32 px, 21 patch ids per frame, 0.3 M parameters. 2 cores, three to six minutes.
 root = "out/toy/data"  # make toy generates it
 out_dir = "out/toy/videomae"
 n_frames = 4
