@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import count_frames, decode
+from data import VideoError, count_frames, decode
 from lib import configurator, run
 from lib.weights import announce, is_hub_id
 from mllm import GazeMLLM
@@ -187,4 +187,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    run.launch(main, VideoError)

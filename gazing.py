@@ -225,10 +225,7 @@ def gaze_at_groups(groups, merge):
 
     frames = []
     for t, kept in enumerate(groups.flatten(2).unbind(1)):
-        n_kept = kept.sum(dim=1, keepdim=True)
-        order, _ = pack_front(kept)
-        order = order[:, :int(n_kept.max())]
-        padded = torch.arange(order.shape[1], device=groups.device) >= n_kept
+        order, padded = marked_ids(kept)
         frames.append((patches[order].flatten(1) + V * t, padded.repeat_interleave(merge ** 2, dim=1)))
     return join_frames(frames)
 
@@ -425,6 +422,16 @@ def pack_front(keep):
     inverse (B, L): where each token went."""
     permutation = torch.argsort(~keep, dim=1, stable=True)
     return permutation, torch.argsort(permutation, dim=1)
+
+
+def marked_ids(marked):
+    """marked (B, V) bool -> the ids marked in each row, ascending, and which are padding: two (B, n), n of the fullest
+    row."""
+    count = marked.sum(1, keepdim=True)
+    n = int(count.max())
+    ids, _ = pack_front(marked)
+    padded = torch.arange(n, device=marked.device) >= count
+    return ids[:, :n], padded
 
 
 def batches(clips, size):
@@ -700,11 +707,7 @@ class Tiling:
 
         frames = []
         for t, frame in enumerate(gazed.unbind(1)):
-            count = frame.sum(1, keepdim=True)
-            n_t = int(count.max())
-            ids, _ = pack_front(frame)
-            ids = ids[:, :n_t]
-            padded = torch.arange(n_t, device=ids.device) >= count
+            ids, padded = marked_ids(frame)
             frames.append((ids + gazed.shape[2] * t, padded))
         return join_frames(frames) | {"gazing_mask": whole}
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import resize_crop, to_model_pixels
-from gazing import TENSORS, all_patches, gaze_at_groups, join_clips, merged_groups, split_frames
+from gazing import TENSORS, Grids, all_patches, gaze_at_groups, join_clips, merged_groups, split_frames
 from siglip import GazeSigLIP
 
 NVILA_RATIO = [0.2] + [0.06] * 15   # of the frames of a tile; recommended with its weights, as is the next
@@ -102,7 +102,7 @@ class GazeMLLM:
         """The gazing of all patches of the tokens in which something is gazed. Where a patch is a token: the same."""
         if self.merge == 1:
             return gazing
-        grids = [(side // self.patch_size, side // self.patch_size) for side in self.scales]
+        grids = GridsOf(self.scales, self.patch_size).grids
         groups = merged_groups(gazing["gazing_mask"], self.siglip.grids[-1], self.merge, grids=grids)
         return gaze_at_groups(groups, self.merge)
 
@@ -357,11 +357,10 @@ def gaze_at_units(gaze, videos, part, ratio, requirement, processor, batch_size)
     return info
 
 
-class GridsOf:
+class GridsOf(Grids):
     """Patch ids of an encoder with these scales: 56+112+224+448 px with patches of 16 have 9 + 49 + 196 + 784 = 1,038,
     56+112+196+392 with 14 have 16 + 64 + 196 + 784 = 1,060."""
 
     def __init__(self, sides, patch_size):
-        self.grids = [(side // patch_size, side // patch_size) for side in sides]
-        self.ids_per_scale = [n_rows * n_columns for n_rows, n_columns in self.grids]
-        self.num_ids = sum(self.ids_per_scale)
+        self.scales = "+".join(str(side) for side in sides)
+        self.patch_size = patch_size

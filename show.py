@@ -538,8 +538,4 @@ def main():
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    try:
-        main()
-    except (VideoError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run.launch(main, VideoError)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import count_frames, from_model_pixels, read_frames, resize_crop, to_model_pixels
+from data import VideoError, count_frames, from_model_pixels, read_frames, resize_crop, to_model_pixels
 from eval import psnr, ssim
 from lib import configurator, run
 from lib.log import count_parameters
@@ -177,4 +177,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    run.launch(main, VideoError)
