@@ -51,6 +51,9 @@ def launch(main, *errors):
 LOOP = []  # not empty once log.Log has announced a run: training begins
 
 
+GROUPS = []  # of processes, see below
+
+
 def init_processes(device="auto"):
     """Join the process group that torchrun announces, if any. Returns (rank, world, device)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -78,6 +81,9 @@ def init_processes(device="auto"):
         backend = "nccl" if device.startswith("cuda") else "gloo"
         # 7 days: in label.py fast ranks wait for slow ones. Killing a hung job is the scheduler's business.
         dist.init_process_group(backend, timeout=timedelta(days=7))
+        # Whoever frees a gloo group waits for its thread, with Python's lock in hand, for which the thread may be
+        # waiting to free a tensor. Freed with main()'s variables, one run in 50 never ended; so it stays to the end.
+        GROUPS.append(dist.group.WORLD)
     return rank, world, torch.device(device)
 
 

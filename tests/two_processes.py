@@ -23,6 +23,8 @@ def two_processes(module, *args):
         process.start()
     for process in processes:
         process.join(120)
+    for process in processes:
+        process.kill()  # one that hangs would keep the tests from ending
     assert [process.exitcode for process in processes] == [0, 0]
 
 
