@@ -61,16 +61,18 @@ class CutConfig:
     size: int = 128            # shortest side in pixels, even; the long side follows, rounded down to even
     hop: int = 0               # source frames from one window's start to the next; 0 = windows side by side
     max_windows: int = 200     # per video, spread evenly over it
+    zoom: float = 1.0          # below 1: a window shows a random square, its side from this share of the picture's to 1
     val_videos: int = 2        # source videos held out for validation; no video is in both
     val_fraction: float = 0.0  # if above 0: hold out this share of the videos in place of val_videos
     val_names: str = ""        # if given: hold out these, file names without suffix, joined by commas
-    seed: int = 0              # which videos are held out
+    seed: int = 0              # which videos are held out, and the squares
     n_workers: int = 2         # processes
 
     def check(self):
         configurator.check_at_least(self, n_frames=1, stride=1, size=2, hop=0, max_windows=1, val_videos=0, seed=0,
                                     n_workers=0)
         configurator.check_fraction(self, "val_fraction")
+        configurator.check_share(self, "zoom")
         check_even(self, "size")
 
 
@@ -285,10 +287,13 @@ def cut_video(job):
         for i, image in frames:
             if i in missing:
                 open_windows[i] = []
-            frame = resize(image, cfg.size)
             for start in list(open_windows):
                 if (i - start) % cfg.stride == 0:
-                    open_windows[start].append(frame)
+                    picture = image
+                    if cfg.zoom < 1:
+                        rng = np.random.default_rng([cfg.seed, start, *name.encode()])  # one square per window
+                        picture = random_square(image, cfg.zoom, rng)
+                    open_windows[start].append(resize(picture, cfg.size))
                 if len(open_windows[start]) == cfg.n_frames:
                     write_video(files[start], open_windows.pop(start))
 
@@ -298,6 +303,15 @@ def cut_video(job):
         return sum(file.exists() for file in files.values()), None
     except VideoError as error:
         return 0, str(error)
+
+
+def random_square(image, zoom, rng):
+    """A random square of (H, W, 3), its side uniformly from `zoom` to 1 of the shortest side."""
+    h, w = image.shape[:2]
+    side = int(rng.uniform(zoom, 1) * min(h, w))
+    y = rng.integers(h - side + 1)
+    x = rng.integers(w - side + 1)
+    return image[y:y + side, x:x + side]
 
 
 def resize(image, size):

@@ -470,6 +470,25 @@ def test_cut(tmp_path, capsys):
         make_data.COMMANDS["cut"][1](make_data.CutConfig(src=cfg.src, out=str(tmp_path / "none"), n_workers=1))
 
 
+def test_cut_squares_stay_where_they_are_and_differ_between_windows(tmp_path):
+    slope = np.zeros((40, 60, 3), np.uint8)
+    slope[..., 0] = np.arange(40)[:, None] * 6
+    slope[..., 1] = np.arange(60) * 4
+    for name in ("a", "b"):
+        write(tmp_path / "src" / f"{name}.mp4", [slope] * 24)
+    cfg = make_data.CutConfig(src=str(tmp_path / "src"), out=str(tmp_path / "out"), n_frames=4, stride=2, size=16,
+                              hop=8, val_videos=1, n_workers=1, zoom=0.5)
+    make_data.COMMANDS["cut"][1](cfg)
+    places = []
+    for window in sorted((tmp_path / "out").rglob("*.mp4")):
+        frames = data.read_frames(window, 4).float()               # (T, 3, 16, 16)
+        assert (frames - frames[0]).abs().max() < 4
+        places.append(frames[0, :2].mean((1, 2)))
+    places = torch.stack(places)
+    assert len(places) >= 4
+    assert torch.pdist(places).min() > 1
+
+
 def test_scan(tmp_path):
     for name, h, w in (("large", 90, 120), ("small", 20, 70), ("exact", 32, 32)):
         image = np.zeros((h, w, 3), np.uint8)
