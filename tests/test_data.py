@@ -475,14 +475,14 @@ def test_cut_squares_stay_where_they_are_and_differ_between_windows(tmp_path):
     slope[..., 0] = np.arange(40)[:, None] * 6
     slope[..., 1] = np.arange(60) * 4
     for name in ("a", "b"):
-        write(tmp_path / "src" / f"{name}.mp4", [slope] * 24)
+        make_data.write_video(tmp_path / "src" / f"{name}.mp4", [slope] * 24)
     cfg = make_data.CutConfig(src=str(tmp_path / "src"), out=str(tmp_path / "out"), n_frames=4, stride=2, size=16,
                               hop=8, val_videos=1, n_workers=1, zoom=0.5)
     make_data.COMMANDS["cut"][1](cfg)
     places = []
     for window in sorted((tmp_path / "out").rglob("*.mp4")):
         frames = data.read_frames(window, 4).float()               # (T, 3, 16, 16)
-        assert (frames - frames[0]).abs().max() < 4
+        assert (frames - frames[0]).abs().max() < 8
         places.append(frames[0, :2].mean((1, 2)))
     places = torch.stack(places)
     assert len(places) >= 4
