@@ -195,4 +195,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main)

@@ -582,11 +582,13 @@ def collate_gaze(gazing_pos, task_losses, n_ids):
     return gazing
 
 
-if __name__ == "__main__":
+def main():
+    from lib.labels import pack_labels
     if sys.argv[1:2] != ["pack"] or len(sys.argv) not in (3, 4):
-        raise SystemExit("usage: python data.py pack labels.json [labels.packed]")
-    try:
-        from lib.labels import pack_labels
-        pack_labels(*sys.argv[2:])
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise ValueError("usage: python data.py pack labels.json [labels.packed]")
+    pack_labels(*sys.argv[2:])
+
+
+if __name__ == "__main__":
+    from lib.run import launch
+    launch(main)

@@ -471,9 +471,7 @@ def main():
             keys = configurator.help_text(config).removeprefix(__doc__.strip())
             print(f"\n{name}:{keys}")
         return
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(__doc__.strip())
-    config, command = COMMANDS[sys.argv[1]]
+    config, command = COMMANDS[configurator.command(COMMANDS, __doc__)]
     command(configurator.parse(config, sys.argv[2:]))
 
 

@@ -50,7 +50,7 @@ from argaze.formats import (
     untracked_intervals,
 )
 from data import VideoError, count_frames, decode
-from lib import configurator
+from lib import configurator, run
 from lib.checkpoint import write_whole
 
 # Ground-truth maps of the published evaluations.
@@ -612,18 +612,13 @@ COMMANDS = {"check": check, "labels": write_labels, "frames": write_frames}
 
 
 def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in COMMANDS:
-        raise SystemExit(__doc__.strip())
+    command = configurator.command(COMMANDS, __doc__)
     cfg = configurator.parse(Config, sys.argv[2:])
-    try:
-        if cfg.dataset == "auto":
-            cfg.dataset = detect(cfg.root)
-        cfg.splits = cfg.splits or SPLITS[cfg.dataset]
-        raise SystemExit(COMMANDS[command](cfg))
-    except (OSError, ValueError, VideoError) as error:
-        raise SystemExit(f"error: {error}") from None
+    if cfg.dataset == "auto":
+        cfg.dataset = detect(cfg.root)
+    cfg.splits = cfg.splits or SPLITS[cfg.dataset]
+    raise SystemExit(COMMANDS[command](cfg))
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main, VideoError)

@@ -493,7 +493,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, VideoError) as error:
-        raise SystemExit(f"error: {error}") from None
+    run.launch(main, VideoError)

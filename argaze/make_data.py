@@ -31,6 +31,7 @@ from tqdm import tqdm
 from argaze.formats import EGO4D_FPS
 from lib import configurator
 from lib.checkpoint import write_whole
+from lib.run import launch
 from lib.video_out import VideoWriter
 
 VERSION = 2  # of the drawings; clips of another one are not mixed with these
@@ -252,5 +253,9 @@ def make(cfg):
     print(f"{cfg.out}: {cfg.n_train} training and {cfg.n_val} test clips, {cfg.n_frames} frames each")
 
 
-if __name__ == "__main__":
+def main():
     make(configurator.parse(Config, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from argaze.data import GazeClips, collate, heatmaps, label_map
 from argaze.eval import Metrics
 from argaze.model import DINOV3_S, ARGaze, ARGazeConfig, blocks, expected_point, resize, to_probability
+from data import VideoError
 from lib import configurator, run, video_out
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
@@ -372,4 +373,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run.launch(main, VideoError)

@@ -47,6 +47,17 @@ def parse(cls, argv):
         raise SystemExit(2) from None
 
 
+def command(names, doc):
+    """The first word of the command line for a script of several commands. -h prints doc. Raises ValueError."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in ("-h", "--help"):
+        print(doc.strip())
+        raise SystemExit(0)
+    if word not in names:
+        raise ValueError(f"{word!r} is no command: choose from {', '.join(names)}; -h shows how they are used")
+    return word
+
+
 def load(cls, argv, verbose=None):
     """cls with the overrides in argv. verbose: print them; None = on rank 0 only. Raises ConfigError."""
     hints = get_type_hints(cls)
@@ -216,8 +227,8 @@ LARGEST_SEED = 2 ** 32 - 1  # seeds of single steps are products of it
 def check_common(cfg):
     """Keys that mean the same in every script. load() asks this by itself."""
     device = getattr(cfg, "device", "auto")
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
-        raise ValueError(f"device={device}: possible are auto, cpu, cuda (one per process) and cuda:0, cuda:1, …")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
+        raise ValueError(f"device={device}: possible are auto, cpu, mps, cuda (one per process) and cuda:0, cuda:1, …")
     seed = getattr(cfg, "seed", 0)
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed={seed} must lie between 0 and {LARGEST_SEED}")

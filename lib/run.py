@@ -36,15 +36,19 @@ from lib.loader import divide_batch
 
 
 def launch(main, *errors):
-    """Run a script's main(). What the user has to put right (a missing folder, settings that do not fit, and whatever
-    else raises one of `errors`) ends in one line and exit code 2; bugs, and all that happens once training has begun,
-    in a traceback. So does everything when the environment variable GAZE_DEBUG is set."""
+    """Run a script's main(). What the user has to put right (a missing folder, settings that do not fit, a full disk,
+    and whatever else raises one of `errors`) ends in one line and exit code 2; bugs in a traceback, and a ValueError
+    once training has begun counts as one. With the environment variable GAZE_DEBUG set, all errors do."""
     try:
         main()
-    except (OSError, ValueError, *errors) as error:
-        if LOOP or os.environ.get("GAZE_DEBUG"):
+    except (OSError, ValueError, FloatingPointError, *errors) as error:
+        is_bug = LOOP and isinstance(error, ValueError)
+        if is_bug or os.environ.get("GAZE_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if "Original Traceback" in text:  # of a data worker, with the error in its last line
+            text = text.strip().splitlines()[-1]
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -71,11 +75,14 @@ def init_processes(device="auto"):
     if device.startswith("cuda"):
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if n_gpus == 0:
-            raise ValueError("device=cuda: torch sees no GPU here (nvidia-smi, and a CUDA build of torch?): "
+            raise ValueError(f"device={device}: torch sees no GPU here (nvidia-smi, and a CUDA build of torch?): "
                              "give --device=cpu")
         if torch.device(device).index >= n_gpus:
             raise ValueError(f"device={device}: torch sees {n_gpus} GPU(s) here, counted from 0")
         torch.cuda.set_device(torch.device(device).index)
+
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps: torch sees no Apple GPU here: give --device=cpu")
 
     if world > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"

@@ -132,7 +132,7 @@ class Run:
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("device=0+32", r"device=0\+32: possible are auto, cpu, cuda"), ("device=out", "device=out: possible are"),
+    ("device=0+32", r"device=0\+32: possible are auto, cpu, mps, cuda"), ("device=out", "device=out: possible are"),
     ("device=cuda:x", "device=cuda:x"), ("seed=-1", "seed=-1 must lie between 0 and 4294967295"),
     ("seed=1e38", "seed=1000.*must lie between 0 and"), ("seed=4294967296", "must lie between"),
     ("out_dir=/", "out_dir=/ holds the folder you work in"), ("out_dir=.", "out_dir=. holds"),

@@ -515,5 +515,5 @@ def test_toy_labels_are_the_eyes_seen_from_the_head():
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     make_data.claim_folder(make_data.Config(out=str(tmp_path)))
-    with pytest.raises(SystemExit, match="made with other settings"):
+    with pytest.raises(ValueError, match="made with other settings"):
         make_data.claim_folder(make_data.Config(out=str(tmp_path), size=64))

@@ -24,6 +24,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from lib import configurator
+from lib.run import launch
 from unigaze.data import FaceError, check_angles, inspect_file, open_file
 from unigaze.normalise import FOCAL, SIZE, camera_matrix, rotation_matrix, warp
 
@@ -193,18 +195,17 @@ def read_targets(path, ball=False):
     return targets
 
 
-def main(argv):
-    try:
-        if argv[:1] == ["gazecapture"] and len(argv) == 3:
-            print(f"{argv[2]}: {convert_gazecapture(argv[1], argv[2])} persons")
-        elif argv[:1] == ["eyediap"] and len(argv) == 3:
-            for name, n_rows in convert_eyediap(argv[1], argv[2]).items():
-                print(f"{name}: {n_rows} faces")
-        else:
-            raise SystemExit(__doc__.split("\n\n")[1])
-    except (FaceError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+def main():
+    command = configurator.command(("gazecapture", "eyediap"), __doc__)
+    if len(sys.argv) != 4:
+        raise ValueError(f"{command} takes where the set is and the folder to write to; -h shows an example")
+    source, target = sys.argv[2:]
+    if command == "gazecapture":
+        print(f"{target}: {convert_gazecapture(source, target)} persons")
+    else:
+        for name, n_rows in convert_eyediap(source, target).items():
+            print(f"{name}: {n_rows} faces")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    launch(main, FaceError)

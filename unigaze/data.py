@@ -28,7 +28,8 @@ import h5py
 import numpy as np
 import torch
 
-from lib import video_out
+from lib import configurator, video_out
+from lib.run import launch
 from unigaze.normalise import arrow_on_crop, resize
 
 COLUMNS = ("face_patch", "face_gaze", "face_head_pose")
@@ -548,17 +549,14 @@ def iris_offset(grey):
     return total / 2
 
 
-def main(argv):
-    try:
-        if argv[:1] == ["check"] and len(argv) == 3:
-            names = protocol(argv[2].removeprefix("protocol="))
-            complaints = check(argv[1], dict.fromkeys(names["train"] + names["val"] + names["test"]))
-            raise SystemExit(f"{len(complaints)} complaints" if complaints else 0)
-        else:
-            raise SystemExit(__doc__.split("\n\n")[1])
-    except (FaceError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+def main():
+    configurator.command(["check"], __doc__)
+    if len(sys.argv) != 4:
+        raise ValueError("check takes the folder of the sets and a protocol; -h shows an example")
+    names = protocol(sys.argv[3].removeprefix("protocol="))
+    complaints = check(sys.argv[2], dict.fromkeys(names["train"] + names["val"] + names["test"]))
+    raise SystemExit(f"{len(complaints)} complaints" if complaints else 0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    launch(main, FaceError)

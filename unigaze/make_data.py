@@ -29,6 +29,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from lib import configurator
+from lib.run import launch
 from unigaze.convert import write_h5
 from unigaze.normalise import to_pitchyaw, to_vector
 
@@ -364,8 +365,7 @@ def claim_folder(cfg):
     for key in ("out", "n_workers"):
         del settings[key]
     if note.exists() and json.loads(note.read_text()) != settings:
-        raise SystemExit(f"error: {cfg.out} holds faces made with other settings ({note}): delete it, or give "
-                         "another --out")
+        raise ValueError(f"{cfg.out} holds faces made with other settings ({note}): delete it, or give another --out")
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(settings, indent=1))
 
@@ -390,4 +390,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from data import VIDEO_SUFFIXES, VideoError, open_video, upright, video_stream
 from lib import configurator, video_out
+from lib.run import init_processes, launch
 from unigaze import calibrate, find, normalise
 from unigaze.model import load
 
@@ -439,18 +440,13 @@ def show_source(source, cfg, setup, model, device, table):
 
 def main():
     cfg = configurator.parse(Config, sys.argv[1:])
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = load(cfg.ckpt, device)
-        if cfg.onnx:
-            export_onnx(model.cpu(), cfg.onnx)
-        else:
-            run(cfg, model, device)
-    except (VideoError, OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
+    _, _, device = init_processes(cfg.device)
+    model = load(cfg.ckpt, device)
+    if cfg.onnx:
+        export_onnx(model.cpu(), cfg.onnx)
+    else:
+        run(cfg, model, device)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, VideoError, ImportError)

@@ -31,7 +31,7 @@ from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, Means, check_finite, count_parameters
 from lib.weights import assign
-from unigaze.data import collate, open_set, open_sets, protocol
+from unigaze.data import FaceError, collate, open_set, open_sets, protocol
 from unigaze.model import UniGaze, UniGazeConfig, angular_error, read_published
 
 
@@ -373,4 +373,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    run.launch(main, FaceError)

@@ -26,7 +26,7 @@ from lib.loader import Feed, StepSampler, make_loader
 from lib.log import Log, Means, check_finite, count_parameters
 from lib.video_out import contact_sheet
 from lib.weights import assign
-from unigaze.data import collate, open_sets, protocol
+from unigaze.data import FaceError, collate, open_sets, protocol
 from unigaze.model import FaceMAE, FaceMAEConfig, imagenet_normalize
 from unigaze.normalise import resize
 
@@ -304,4 +304,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    run.launch(main, FaceError)
