@@ -47,7 +47,7 @@ from gazing import (
 from lib.attention import causal_attention
 from lib.cpu import Linear, conv3d, linear, pack
 from lib.cuda_graph import replay
-from lib.pixels import check_video
+from lib.pixels import check_tensor, check_video
 from lib.weights import load_gaze, load_module, published_name, save_gaze
 
 PIECES_AT_ONCE = 16  # chunks of long videos and tiles of large ones that run together unless batch_size says otherwise
@@ -342,6 +342,11 @@ class Gaze(nn.Module):
                              "or let generate(target_scales=...) look at the whole frame in tiles")
         return video
 
+    def check_length(self, n_frames, fix):
+        if n_frames > self.config.max_num_frames:
+            raise ValueError(f"the video has {n_frames} frames, the model knows max_num_frames="
+                             f"{self.config.max_num_frames}: {fix}")
+
     def embed(self, video, past=None):
         """video (B, T, 3, R', R') of any square size -> vision tokens (B, T, P, D) and encoder's past (streaming)."""
         R = self.config.image_size
@@ -361,6 +366,7 @@ class Gaze(nn.Module):
         is logits / temperature with the padding id and the ids already gazed in this frame excluded.
         """
         video = self.check(video)
+        self.check_length(video.shape[1], "give fewer")
         check_gazing(gazing, *video.shape[:2])
         V = self.config.num_ids
         K = self.config.num_multi_token_pred
@@ -469,9 +475,9 @@ class Gaze(nn.Module):
 
         # so are the chunks of a long video
         n_chunks = math.ceil(T / self.config.max_num_frames)
-        if n_chunks > 1 and not chunk:
-            raise ValueError(f"the video has {T} frames, the model knows max_num_frames={self.config.max_num_frames}: "
-                             "give fewer, or let generate(chunk=True) take it in chunks, each of which starts afresh")
+        if not chunk:
+            self.check_length(T, "give fewer, or let generate(chunk=True) take it in chunks, each of which starts "
+                                 "afresh")
         if n_chunks > 1:
             clips = cut_chunks(clips, self.config.max_num_frames)
             ratio = torch.stack(cut_chunks(ratio, self.config.max_num_frames))
@@ -611,11 +617,13 @@ class GazeStream:
     @torch.no_grad()
     def step(self, frame):
         """frame (B, 3, R', R') normalised pixels -> this frame's gazing; gazing_pos counts within the frame."""
-        if frame.dim() != 4:
-            raise ValueError(f"frame has shape {tuple(frame.shape)}, expected (B, 3, height, width)")
+        check_tensor(frame, self.model.pos_embed, "(B, 3, H, W)", "frame")
+        if frame.dim() != 4 or frame.shape[1] != 3:
+            raise ValueError(f"frame has shape {tuple(frame.shape)}, expected (B, 3, H, W)")
         if len(frame) != self.batch_size:
             raise ValueError(f"this stream has batch_size={self.batch_size}, the frame is of {len(frame)} clips")
         video = self.model.check(frame.unsqueeze(1))
+        self.model.check_length(self.frame + 1, "begin a new stream")
 
         vision, self.past = self.model.embed(video, self.past)
         ids, padded = self.gaze_frame(vision[:, 0])

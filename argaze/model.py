@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from lib.cpu import Linear, linear, quicken
+from lib.pixels import check_tensor, check_values
 from lib.weights import announce, assign, download, is_hub_id, read_config, read_tensors, save_folder
 
 DINOV3_S = "facebook/dinov3-vits16-pretrain-lvd1689m"
@@ -529,7 +530,8 @@ class ARGaze(nn.Module):
         mean = torch.tensor(MEAN, device=frames.device).view(3, 1, 1)
         std = torch.tensor(STD, device=frames.device).view(3, 1, 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and c.train_encoder):
-            outputs, normed = block_outputs(self.encoder, (frames - mean) / std)
+            pixels = ((frames - mean) / std).to(self.position_code.dtype)
+            outputs, normed = block_outputs(self.encoder, pixels)
         if c.last_norm:
             outputs[-1] = normed
 
@@ -575,6 +577,7 @@ class ARGaze(nn.Module):
         else:
             if c.template == "roi":
                 mask = region(state["center"], c.template_scale, 16, c.grid).flatten(1)
+                mask = mask.to(memory.dtype)
                 memory = memory + mask.unsqueeze(2) * self.roi_prompt_embed
             if template is not None:
                 template = template + self.position_code + self.token_type_embed.weight[2]
@@ -628,7 +631,8 @@ class ARGaze(nn.Module):
         """The state after a frame. What was predicted enters without gradient."""
         c = self.config
         logits = logits.detach()
-        new = {"history": append(state["history"], self.past_map(logits)),
+        past_map = self.past_map(logits).to(state["history"].dtype)
+        new = {"history": append(state["history"], past_map),
                "center": expected_point(to_probability(logits, 1))}
         if c.variant == "twocross":
             new["scenes"] = append(state["scenes"], scene)
@@ -719,6 +723,8 @@ class ARGaze(nn.Module):
     def step(self, frame, state):
         """One frame of a stream: (B, 3, R, R) uint8, or floats in [0, 1] -> logits (B, h, w), the next state."""
         self.check(frame, 4)
+        if len(frame) != len(state["history"]):
+            raise ValueError(f"video has {len(frame)} frames, the state is of {len(state['history'])} streams")
         frame = to_unit(frame)
         logits, scene = self.look(frame, state)
         return logits, self.remember(state, frame, scene, logits)
@@ -741,19 +747,16 @@ class ARGaze(nn.Module):
     def check(self, video, n_dims):
         """ValueError unless this is a video (B, T, 3, R, R), or with n_dims=4 a frame, as the model takes it."""
         R = self.config.image_size
-        form = "(B, T, 3, {0}, {0})" if n_dims == 5 else "(B, 3, {0}, {0})"
+        form = f"(B, T, 3, {R}, {R})" if n_dims == 5 else f"(B, 3, {R}, {R})"
+        recipe = "uint8, or floats in [0, 1]; the model normalises them itself"
+        check_tensor(video, self.position_code, form, "video")
         fits = video.dim() == n_dims and video.shape[-3:] == (3, R, R)
         if not fits or video.numel() == 0:
-            raise ValueError(f"the video is {tuple(video.shape)}, this model takes {form.format(R)}")
-        if video.dtype == torch.uint8:
-            return
-
-        low = video.min().item()
-        high = video.max().item()
-        in_range = low >= 0 and high <= 1  # not so for NaN
-        if not in_range or not video.is_floating_point():
-            raise ValueError(f"the video holds {video.dtype} from {low:.4g} to {high:.4g}: give uint8, or floats in "
-                             "[0, 1]; the model normalises them itself")
+            raise ValueError(f"video has shape {tuple(video.shape)}, this model takes {form}")
+        if video.is_floating_point():
+            check_values(video, 0, 1, recipe, "video")
+        elif video.dtype != torch.uint8:
+            raise ValueError(f"video is {video.dtype}. Give {recipe}")
 
 
 def to_unit(frames):

@@ -9,22 +9,31 @@ LARGEST = 20  # of normalised pixels, which lie within -7 and 3; of bytes, 255
 def check_video(video, like, recipe, size=None, name="video"):
     """Return video (B, T, 3, H, W) in the floating-point type of the weights `like`, or raise a ValueError that says
     what is wrong with it. recipe: how a user makes such pixels, for the message. size: H and W, if they are given."""
-    if not isinstance(video, torch.Tensor):
-        raise ValueError(f"{name} is a {type(video).__name__}, expected a tensor (B, T, 3, H, W)")
+    check_tensor(video, like, "(B, T, 3, H, W)", name)
     check_shape(video, size, name)
-
     if not video.is_floating_point():
         raise ValueError(f"{name} is {video.dtype}, 0..255? Give {recipe}")
-    if video.device != like.device:
-        raise ValueError(f"{name} is on {video.device}, the model on {like.device}: move one of them")
+    check_values(video, -LARGEST, LARGEST, recipe, name)
+    return video.to(like.dtype)
 
-    extremes = video.detach().aminmax()
+
+def check_tensor(pixels, like, form, name):
+    """ValueError unless pixels are a tensor on the device of the weights `like`."""
+    if not isinstance(pixels, torch.Tensor):
+        raise ValueError(f"{name} is a {type(pixels).__name__}, expected a tensor {form}")
+    if pixels.device != like.device:
+        raise ValueError(f"{name} is on {pixels.device}, the model on {like.device}: move one of them")
+
+
+def check_values(pixels, low, high, recipe, name):
+    """ValueError unless pixels, floats, all lie in low..high."""
+    extremes = pixels.detach().aminmax()
     darkest, brightest = torch.stack(extremes).tolist()     # one wait on a GPU
     if not (math.isfinite(darkest) and math.isfinite(brightest)):
         raise ValueError(f"{name} holds NaN or infinity")
-    if max(-darkest, brightest) > LARGEST:
-        raise ValueError(f"{name} has values of {darkest:.4g} to {brightest:.4g}, 0..255? Give {recipe}")
-    return video.to(like.dtype)
+    if darkest < low or brightest > high:
+        hint = ", 0..255?" if brightest > LARGEST else "."
+        raise ValueError(f"{name} has values of {darkest:.4g} to {brightest:.4g}{hint} Give {recipe}")
 
 
 def check_shape(video, size, name):

@@ -331,11 +331,35 @@ def test_at_the_published_size_names_and_shapes_are_those_of_the_published_check
 
 @pytest.mark.parametrize("bad, message", [
     (torch.zeros(2, 5, 3, 64, 63), "takes"), (torch.zeros(2, 3, 64, 64), "takes"),
-    (torch.zeros(2, 0, 3, 64, 64), "takes"), (torch.full((1, 1, 3, 64, 64), 255.0), "from 255 to 255"),
-    (torch.full((1, 1, 3, 64, 64), float("nan")), "nan"), (torch.zeros(1, 1, 3, 64, 64, dtype=torch.int64), "int64")])
+    (torch.zeros(2, 0, 3, 64, 64), "takes"),
+    (torch.full((1, 1, 3, 64, 64), 255.0), "values of 255 to 255, 0..255. Give uint8"),
+    (-torch.ones(1, 1, 3, 64, 64), r"values of -1 to -1. Give uint8, or floats in \[0, 1\]"),
+    (torch.full((1, 1, 3, 64, 64), float("nan")), "NaN"), (torch.zeros(1, 1, 3, 64, 64, dtype=torch.int64), "int64"),
+    (torch.zeros(1, 1, 3, 64, 64, dtype=torch.complex64), "complex64"),
+    (torch.zeros(1, 1, 3, 64, 64, device="meta"), "is on meta, the model on cpu"),
+    (torch.zeros(1, 1, 3, 64, 64).numpy(), "is a ndarray, expected a tensor")])
 def test_a_video_that_does_not_fit_is_told_so(bad, message):
+    model = fresh()
     with pytest.raises(ValueError, match=message):
-        fresh()(bad)
+        model(bad)
+    if bad.ndim == 5 and bad.shape[1]:
+        with pytest.raises(ValueError, match=message):
+            model.step(bad[:, 0], model.start(len(bad)))
+
+
+def test_a_state_of_other_streams_is_told_so():
+    model = fresh()
+    with pytest.raises(ValueError, match="2 frames, the state is of 3 streams"):
+        model.step(clip()[:2, 0], model.start(3))
+
+
+@pytest.mark.parametrize("settings", [dict(template="crop"), dict(template="tokens"), dict(template="roi"),
+                                      dict(variant="twocross")])
+def test_frames_are_cast_to_the_type_of_the_weights(settings):
+    model = fresh(**settings).eval()
+    want = model(clip())
+    got = model.bfloat16()(clip().double() / 255)
+    assert (got - want).abs().max() < 0.2 * want.abs().max()
 
 
 @pytest.mark.parametrize("truth, message", [

@@ -467,6 +467,19 @@ def test_wrong_videos_are_named(gaze, video):
                     stream.step(bad[:, t])
     with pytest.raises(ValueError, match="frame has shape"):
         gaze.stream(3).step(video)
+    with pytest.raises(ValueError, match="frame is a ndarray, expected a tensor"):
+        gaze.stream(3).step(video[:, 0].numpy())
+
+
+def test_more_frames_than_the_model_knows_are_refused_wherever_they_come_in(gaze):
+    video = normal_video(1, 5)
+    with pytest.raises(ValueError, match="5 frames.*max_num_frames=4: give fewer"):
+        gaze(video, gaze.generate(video, 0.3, chunk=True))
+    stream = gaze.stream(1, 0.3)
+    for t in range(4):
+        stream.step(video[:, t])
+    with pytest.raises(ValueError, match="5 frames.*max_num_frames=4: begin a new stream"):
+        stream.step(video[:, 4])
 
 
 def test_gazings_of_other_videos_are_named(gaze, video):

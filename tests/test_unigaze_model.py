@@ -1,6 +1,8 @@
 """UniGaze's model: parity with the published code (tests/golden/unigaze_tiny, figures it computed), files, angles."""
 import argparse
+import copy
 import json
+import math
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -129,11 +131,23 @@ def test_what_is_left_by_drop_path_keeps_its_mean(gaze, want):
     close(kept, attn + block.mlp(block.norm2(x + attn)) / 0.9)
 
 
-def test_pictures_of_another_size_or_type_are_refused_by_name(gaze):
-    with pytest.raises(ValueError, match=r"\(1, 3, 40, 40\), expected \(faces, 3, 32, 32\)"):
-        gaze(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="int64"):
-        gaze(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
+@pytest.mark.parametrize("images, message", [
+    (torch.zeros(1, 3, 40, 40, dtype=torch.uint8), r"\(1, 3, 40, 40\), expected \(faces, 3, 32, 32\)"),
+    (torch.zeros(3, 32, 32, dtype=torch.uint8), r"\(3, 32, 32\), expected \(faces, 3, 32, 32\)"),
+    (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "int64"), (torch.zeros(1, 3, 32, 32).numpy(), "is a ndarray"),
+    (torch.full((1, 3, 32, 32), math.nan), "NaN"), (torch.full((1, 3, 32, 32), 255.0), "0..255. Give uint8"),
+    (torch.zeros(1, 3, 32, 32, device="meta"), "is on meta, the model on cpu")])
+def test_wrong_pictures_are_refused_by_name(gaze, images, message):
+    with pytest.raises(ValueError, match=message):
+        gaze(images)
+
+
+def test_pictures_are_cast_to_the_type_of_the_weights(gaze):
+    images = torch.randn(2, 3, 32, 32)
+    want = gaze(images)
+    close(gaze(images.double()), want)
+    half = copy.deepcopy(gaze).bfloat16()
+    assert (half(images) - want).abs().max() < 0.05 and half(images.byte()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("sizes", [(32, 5, 32, 3, 2), (32, 8, 30, 3, 4), (32, 8, 32, 0, 2), (32, 8, 32, 3, 0)])

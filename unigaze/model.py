@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from lib.cpu import Linear
+from lib.pixels import LARGEST, check_tensor, check_values
 from lib.weights import assign, download, read_config, read_tensors, save_folder
 
 RELEASED = "UniGaze/UniGaze-models"        # on the Hugging Face hub
@@ -159,6 +160,11 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList([Block(D, config.num_heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
+    def normalize(self, images):
+        """images as in forward -> normalised, in the type of the weights. ValueError says what is wrong with them."""
+        check_tensor(images, self.pos_embed, "(faces, 3, H, W)", "images")
+        return imagenet_normalize(images, self.config.image_size).to(self.pos_embed.dtype)
+
     def draw(self, n_faces, generator=None):
         """(B, depth, 2) uniform numbers for the drop path of n_faces. Draw them outside where they must not depend on
         how a batch is divided."""
@@ -167,7 +173,7 @@ class ViT(nn.Module):
     def forward(self, images, draws=None):
         """images (B, 3, S, S) uint8 RGB or normalised -> (B, L, D) after the last norm, CLS first. In training mode
         `draws` of draw() decide the drop path; without them it draws its own."""
-        images = imagenet_normalize(images, self.config.image_size)
+        images = self.normalize(images)
         patches = self.patch_embed(images)
         cls = self.cls_token.expand(len(patches), -1, -1)
         x = torch.cat([cls, patches], dim=1) + self.pos_embed
@@ -280,7 +286,7 @@ class FaceMAE(ViT):
     def forward(self, images, noise=None):
         """images (B, 3, S, S) as in UniGaze; noise (B, N) decides what is hidden (see encode), none: drawn here.
         Returns (loss: a scalar, prediction (B, N, p·p·3), mask (B, N) 1 = hidden)."""
-        images = imagenet_normalize(images, self.config.image_size)
+        images = self.normalize(images)
         if noise is None:
             noise = torch.rand(len(images), self.config.num_patches, device=images.device)
         latent, mask, restore = self.encode(images, noise)
@@ -383,8 +389,11 @@ def imagenet_normalize(images, size):
     if images.dtype == torch.uint8:
         images = images.float() / 255
         return (images - channels(MEAN, images)) / channels(STD, images)
+    recipe = "uint8 RGB, or what imagenet_normalize() returns"
     if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}: give uint8 RGB, or what imagenet_normalize() returns")
+        raise ValueError(f"images are {images.dtype}: give {recipe}")
+    if len(images):
+        check_values(images, -LARGEST, LARGEST, recipe, "images")
     return images
 
 
