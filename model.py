@@ -489,17 +489,20 @@ class Gaze(nn.Module):
         elif batch_size is None:
             batch_size = PIECES_AT_ONCE if in_tiles or n_chunks > 1 else len(ratio)
 
-        # the encoder runs once per clip, however many copies there are; then the decoder
-        vision = []
-        for part in batches(clips, batch_size):
-            vision.append(self.embed(part)[0])
-        vision = torch.cat(vision)  # (clips, T, P, D)
-        clip_of_row = torch.arange(len(ratio), device=vision.device) % len(vision)
+        # The encoder runs once per clip, however many copies there are. Without copies its tokens are dropped batch by
+        # batch, so that a long video takes no more memory than a short one.
+        encoded = (self.embed(part)[0] for part in batches(clips, batch_size))  # (clips, T, P, D) each
+        if num_copies > 1:
+            tokens = torch.cat(list(encoded))
+            clip_of_row = torch.arange(len(ratio), device=tokens.device) % len(tokens)
+            encoded = (tokens[index] for index in clip_of_row.split(batch_size))
+
+        # then the decoder
         parts = []
-        for start in range(0, len(ratio), batch_size):
+        for start, vision in zip(range(0, len(ratio), batch_size), encoded, strict=True):
             part = slice(start, start + batch_size)
-            parts.append(self.decode(vision[clip_of_row[part]], stream_class, ratio[part], requirement[part],
-                                     temperature, generator, allowed, cuda_graph))
+            parts.append(self.decode(vision, stream_class, ratio[part], requirement[part], temperature, generator,
+                                     allowed, cuda_graph))
         gazing = join_clips(parts, self.config.num_ids)
 
         # put chunks and tiles together

@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -561,6 +562,20 @@ def test_the_encoder_runs_once_per_clip_and_never_on_more_than_a_batch(gaze, mon
     monkeypatch.setattr(gaze, "embed", lambda video, past=None: sizes.append(len(video)) or embed(video, past))
     gaze.generate(normal_video(1, 4, side=128), 0.3, target_scales="128+256", num_copies=2, batch_size=7)
     assert sizes == [7] * 9 + [1]  # 8 x 8 tiles
+
+
+def test_a_long_video_keeps_the_tokens_of_one_batch_only(gaze, monkeypatch):
+    made, embed = [], gaze.embed
+    alive = []
+
+    def watched(video, past=None):
+        alive.append(sum(tokens() is not None for tokens in made))
+        vision, past = embed(video, past)
+        made.append(weakref.ref(vision))
+        return vision, past
+    monkeypatch.setattr(gaze, "embed", watched)
+    gaze.generate(normal_video(1, 40), 0.3, chunk=True, batch_size=2)
+    assert len(alive) == 5 and max(alive) <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
