@@ -12,7 +12,6 @@ Gaze.generate adds gazing_mask, a list of S tensors (B, T, V_s), 1 where a patch
 
 Dimension key: B clips, T frames, S scales, V patch ids per frame (all scales), V_s of scale s, N slots of a clip.
 """
-import dataclasses
 import math
 import operator
 import re
@@ -22,11 +21,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from lib.configurator import numbers
+from lib.configurator import check_patches, check_sizes, numbers
 
 TENSORS = ("gazing_pos", "if_padded_gazing", "num_gazing_each_frame")
-LARGEST_SIZE = 1_000_000  # of any width, side or count in a config
-MOST_LAYERS = 1_000
 
 # ----------------------------------------------------------------------------------------------------------------------
 # patch ids
@@ -53,27 +50,11 @@ class Grids:
 
     def check_sizes(self):
         """ValueError names the first setting that no model can have."""
-        for setting in dataclasses.fields(self):
-            key = setting.name
-            value = getattr(self, key)
-
-            if setting.type is int:
-                counts_layers = "layers" in key or "blocks" in key
-                highest = MOST_LAYERS if counts_layers else LARGEST_SIZE
-                if type(value) is not int or not 1 <= value <= highest:
-                    raise ValueError(f"{key}={value!r} must be a whole number from 1 to {highest:,}")
-
-            if setting.type is float:
-                if type(value) not in (int, float) or not math.isfinite(value):
-                    raise ValueError(f"{key}={value!r} must be a number")
-
-        # digits joined by +, and none of them 0 or with part of a patch
-        message = f"scales={self.scales!r} must be multiples of patch_size={self.patch_size}, joined by +"
-        if not re.fullmatch(r"[0-9]{1,6}(\+[0-9]{1,6})*", str(self.scales)) or type(self.scales) is not str:
-            raise ValueError(message)
+        check_sizes(self)
+        if not re.fullmatch(r"[0-9]{1,6}(\+[0-9]{1,6})*", self.scales):
+            raise ValueError(f"scales={self.scales!r} must be sides in pixels, joined by +")
         for side in self.scale_list:
-            if side == 0 or side % self.patch_size:
-                raise ValueError(message)
+            check_patches(f"scales={self.scales!r}: side", side, self.patch_size)
 
 
 def check_gazing(gazing, n_clips, n_frames):

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import Clips, VideoError, check_names, to_model_pixels, video_key
 from gazing import draw_ratio, parse_alpha, split_ratio, to_budgets
 from lib import configurator, run
-from lib.checkpoint import write_whole
+from lib.checkpoint import lock, write_whole
 from model import Gaze
 from videomae import load_videomae
 
@@ -264,7 +264,9 @@ def main():
     # ---- what earlier runs have done
     first_root = cfg.root.split(",")[0]
     out = Path(cfg.out or f"{first_root}/gazing_labels.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        lock(f"{out}.lock", f"out={out}")
+    run.barrier()
     settings = settings_of(cfg, network)
     done = read_parts(out, settings)
     run.barrier()  # nobody writes before all have read, or they would share out different lists

@@ -31,7 +31,7 @@ from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, Means, check_finite, count_parameters
 from lib.optim import exponential, learning_rate, make_optimizer
-from lib.weights import assign
+from lib.weights import assign, build
 from model import Gaze, GazeConfig
 from videomae import VideoMAE, check_fit, load_videomae
 
@@ -125,9 +125,6 @@ class Config:
         configurator.check_at_least(
             self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, reward_batch=0, steps=1, lr_end=0,
             task_loss_weight=0, val_clips=1, val_every=1, save_every=1, log_every=1)
-        configurator.check_at_most(
-            self, n_frames=100_000, batch_size=1_000_000, group_size=10_000, hidden_size=100_000, num_layers=1000,
-            intermediate_size=1_000_000, num_conv_blocks=1000)
         configurator.check_above_zero(self, "lr", "epochs", "ratio_rate")
         configurator.check_share(self, "val_ratio", "ratio", "ratio_min", "ratio_max")
         configurator.check_fraction(self, "warmup")
@@ -281,7 +278,7 @@ def main():
         gaze = Gaze.from_pretrained(out)  # for its config.json: sizes come from what the run started from
         assign(gaze, resumed["model"], f"{out}/last.pt and config.json")
     elif cfg.init_from == "scratch":
-        gaze = Gaze(cfg.model())
+        gaze = build(lambda: Gaze(cfg.model()))
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.reference_decoding = False  # the policy that samples must be the one that is trained

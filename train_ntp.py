@@ -29,7 +29,7 @@ from lib.labels import check_labels, load_labels
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, check_finite, count_parameters
 from lib.optim import learning_rate, make_optimizer
-from lib.weights import assign
+from lib.weights import assign, build
 from model import Gaze, GazeConfig
 from videomae import check_fit, load_videomae
 
@@ -93,9 +93,6 @@ class Config:
         configurator.check_at_least(
             self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, lr_end=0,
             task_loss_weight=0, val_clips=1, val_every=1, save_every=1, log_every=1)
-        configurator.check_at_most(
-            self, n_frames=100_000, batch_size=1_000_000, hidden_size=100_000, num_layers=1000,
-            intermediate_size=1_000_000, num_conv_blocks=1000)
         configurator.check_above_zero(self, "lr", "epochs")
         configurator.check_share(self, "val_ratio")
         configurator.check_fraction(self, "warmup")
@@ -234,7 +231,7 @@ def main():
         gaze = Gaze.from_pretrained(out)  # for its config.json: sizes may come from what the run started from
         assign(gaze, resumed["model"], f"{out}/last.pt and config.json")
     elif cfg.init_from == "scratch":
-        gaze = Gaze(cfg.model())
+        gaze = build(lambda: Gaze(cfg.model()))
     else:
         gaze = Gaze.from_pretrained(cfg.init_from)
     gaze.config.reference_decoding = False  # trained at exact positions, so decode at exact positions

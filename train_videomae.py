@@ -27,6 +27,7 @@ from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, Means, check_finite, count_parameters
 from lib.optim import Muon, learning_rate
+from lib.weights import check_memory
 from videomae import VideoMAE, VideoMAEConfig
 
 
@@ -92,10 +93,6 @@ class Config:
         configurator.check_at_least(
             self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, steps=1, lr_end=0, weight_decay=0,
             val_clips=1, val_every=1, save_every=1, log_every=1)
-        configurator.check_at_most(
-            self, max_num_frames=100_000, batch_size=1_000_000, hidden_size=100_000, num_hidden_layers=1000,
-            intermediate_size=1_000_000, decoder_hidden_size=100_000, decoder_num_hidden_layers=1000,
-            decoder_intermediate_size=1_000_000)
         configurator.check_above_zero(self, "lr", "ratio_rate", "clip_grad")
         configurator.check_share(self, "ratio_min", "ratio_max")
         configurator.check_fraction(self, "warmup", "beta2")
@@ -174,6 +171,7 @@ def main():
         start, best = resumed["step"], resumed["best"]
         mae = VideoMAE.from_state(resumed["model"], model_cfg, out / "last.pt", **loss_args)
     elif cfg.init_from == "scratch":
+        check_memory(lambda: VideoMAE(model_cfg))
         mae = VideoMAE(model_cfg, **loss_args)
     else:
         mae = VideoMAE.from_pretrained(cfg.init_from, model_cfg, **loss_args)

@@ -25,9 +25,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from lib.configurator import LARGEST_SIZE, MOST_LAYERS, check_patches, check_sizes
 from lib.cpu import Linear, linear, quicken
 from lib.pixels import check_tensor, check_values
-from lib.weights import announce, assign, download, is_hub_id, read_config, read_tensors, save_folder
+from lib.weights import (
+    announce,
+    build,
+    check_finite,
+    download,
+    is_hub_id,
+    load_module,
+    read_config,
+    read_tensors,
+    save_folder,
+    section,
+)
 
 DINOV3_S = "facebook/dinov3-vits16-pretrain-lvd1689m"
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, which the encoders were trained with
@@ -66,17 +78,17 @@ class ARGazeConfig:
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be one of {', '.join(allowed)}")
 
-        for key in ("image_size", "patch_size", "decoder_layers", "decoder_heads", "decoder_ffn", "heatmap_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.history < 0:
-            raise ValueError(f"history={self.history} must be at least 0")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
+        check_sizes(self, may_be_zero=["history"])
+        check_patches("image_size", self.image_size, self.patch_size)
+        for key, most in (("heatmap_size", 1024), ("history", 1000)):
+            if getattr(self, key) > most:
+                raise ValueError(f"{key}={getattr(self, key)} must be at most {most}")
         if not 0 < self.template_scale <= 1:
             raise ValueError(f"template_scale={self.template_scale} must lie in (0, 1]")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
 
-        whole_numbers("head_widths", self.head_widths, "+", count=2)
+        whole_numbers("head_widths", self.head_widths, "+", count=2, lowest=1)
         whole_numbers("scene_layers", self.scene_layers, ",")
 
     @property
@@ -84,14 +96,16 @@ class ARGazeConfig:
         return self.image_size // self.patch_size
 
 
-def whole_numbers(key, text, separator, count=None):
+def whole_numbers(key, text, separator, count=None, lowest=-MOST_LAYERS):
     """'256+128' -> [256, 128]. ValueError names the key."""
     try:
         numbers = [int(part) for part in text.split(separator)]
     except ValueError:
         numbers = []
-    if not numbers or count not in (None, len(numbers)):
-        raise ValueError(f"{key}={text!r} must be {count or ''} whole numbers joined by {separator!r}")
+    in_range = all(lowest <= number <= LARGEST_SIZE for number in numbers)
+    if not numbers or not in_range or count not in (None, len(numbers)):
+        raise ValueError(f"{key}={text!r} must be {count or ''} whole numbers from {lowest} to {LARGEST_SIZE}, joined "
+                         f"by {separator!r}")
     return numbers
 
 
@@ -109,7 +123,8 @@ def build_encoder(config, weights=True):
     if name == DINOV3_S and not weights:
         name = "random:"  # has its sizes, so nothing needs to be fetched
     if name.startswith("random:"):
-        encoder = AutoModel.from_config(random_encoder_config(config, name.removeprefix("random:")))
+        sizes = random_encoder_config(config, name.removeprefix("random:"))
+        encoder = build(lambda: AutoModel.from_config(sizes))
     else:
         if is_hub_id(name):
             announce(name)
@@ -118,6 +133,7 @@ def build_encoder(config, weights=True):
         try:
             if weights:
                 encoder = AutoModel.from_pretrained(name)
+                check_finite(encoder.state_dict(), f"encoder={name}")
             else:
                 encoder = AutoModel.from_config(AutoConfig.from_pretrained(name))
         except OSError as error:
@@ -135,7 +151,10 @@ def build_encoder(config, weights=True):
 def random_encoder_config(config, sizes):
     """A DINOv3 of the sizes in '64x4x4x128': width, layers, heads, MLP; without any those of ViT-S/16."""
     from transformers import DINOv3ViTConfig
-    width, layers, heads, mlp = whole_numbers("encoder=random", sizes or "384x12x6x1536", "x", count=4)
+    width, layers, heads, mlp = whole_numbers("encoder=random", sizes or "384x12x6x1536", "x", count=4, lowest=1)
+    if layers > MOST_LAYERS or width % (4 * heads):
+        raise ValueError(f"encoder=random:{sizes}: at most {MOST_LAYERS} layers, and a width (first number) that is a "
+                         "multiple of 4 heads (third number)")
     return DINOv3ViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                            intermediate_size=mlp, patch_size=config.patch_size, image_size=config.image_size,
                            num_register_tokens=4)
@@ -480,15 +499,20 @@ class ARGaze(nn.Module):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: not a folder written by save_pretrained")
 
-        def build(settings):
-            encoder = AutoModel.from_config(AutoConfig.for_model(**settings["encoder_config"]))
+        def read(settings):
             keys = ARGazeConfig.__dataclass_fields__.keys() & settings.keys()
             config = ARGazeConfig(**{key: settings[key] for key in keys})
+            return config, AutoConfig.for_model(**section(settings, "encoder_config"))
+
+        def make():
+            encoder = AutoModel.from_config(encoder_config)
             return cls(config, quicken(encoder.float()))
 
-        model = read_config(folder / "config.json", build)
+        config, encoder_config = read_config(folder / "config.json", read)
         file = folder / "model.safetensors"
-        return model.load(read_tensors(file), f"{file} and its config.json")
+        model = load_module(make, read_tensors(file), f"{file} and its config.json", published_name)
+        model.freeze()  # assigned parameters are new ones
+        return model.eval()
 
     def save_pretrained(self, folder):
         """Write config.json + model.safetensors, the encoder included. A file appears whole or not at all."""
@@ -511,16 +535,14 @@ class ARGaze(nn.Module):
         if not has_encoder and config.encoder.startswith("random:"):
             raise ValueError(f"{path} holds no encoder: config.encoder must be a folder or a hub id")
 
-        model = cls(config, build_encoder(config, weights=not has_encoder))
         if not has_encoder:
-            for name, tensor in model.encoder.state_dict().items():
+            encoder = build_encoder(config)
+            for name, tensor in encoder.state_dict().items():
                 tensors[published_name(f"encoder.{name}")] = tensor
-        return model.load(tensors, f"The tensors of {path}")
-
-    def load(self, tensors, source):
-        assign(self, tensors, source, published_name)
-        self.freeze()  # assigned parameters are new ones
-        return self.eval()
+        model = load_module(lambda: cls(config, build_encoder(config, weights=False)), tensors,
+                            f"The tensors of {path}", published_name)
+        model.freeze()  # assigned parameters are new ones
+        return model.eval()
 
     # ---- one frame
 

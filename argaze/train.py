@@ -25,12 +25,13 @@ import torch.nn.functional as F
 
 from argaze.data import GazeClips, collate, heatmaps, label_map
 from argaze.eval import Metrics
-from argaze.model import DINOV3_S, ARGaze, ARGazeConfig, blocks, expected_point, resize, to_probability
+from argaze.model import DINOV3_S, ARGaze, ARGazeConfig, blocks, build_encoder, expected_point, resize, to_probability
 from data import VideoError
 from lib import configurator, run, video_out
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, Means, check_finite, count_parameters
+from lib.weights import assign, build
 
 
 @dataclass
@@ -260,9 +261,11 @@ def main():
         start = resumed["step"]
         best = resumed["best"]
         model = ARGaze.from_pretrained(out)  # for its config.json: sizes may come from what the run started from
-        model.load_state_dict(resumed["model"])
+        assign(model, resumed["model"], f"{out}/last.pt and config.json")
+        model.freeze()
     elif cfg.init_from == "scratch":
-        model = ARGaze(cfg.model())
+        encoder = build_encoder(cfg.model())
+        model = build(lambda: ARGaze(cfg.model(), encoder))
     elif Path(cfg.init_from).is_file():
         model = ARGaze.from_published(cfg.init_from, cfg.model())
     else:

@@ -1,10 +1,19 @@
 """Checkpoints: written whole or not at all, resumed exactly, the best one kept."""
 import contextlib
+import errno
+import fcntl
+import itertools
+import math
 import os
+import platform
+import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
+from lib import run
 
 
 @contextlib.contextmanager
@@ -32,6 +41,60 @@ def save_state(path, state):
         torch.save(state, file)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# one run in a folder
+
+
+LOCKS = {}  # {path: open lock file}, held until this process ends
+
+
+def lock(path, output):
+    """Hold the lock file `path` until this process ends. ValueError: another one does; it names `output`."""
+    path = Path(path).resolve()
+    if path in LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            warnings.warn(f"{path} cannot be locked here: do not start a second run with {output} ({error})",
+                          stacklevel=2)
+            return
+        file.seek(0)
+        raise ValueError(f"{output} is in use by {file.read().strip() or 'another run'}: wait for it, or give another "
+                         "one") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}\n")
+    file.flush()
+    LOCKS[path] = file
+
+
+def take_folder(folder, keep):
+    """Make `folder` this process's own until it ends. keep=False: a run that is in there is moved aside. ValueError:
+    another process is still writing to it."""
+    folder = Path(folder)
+    lock(folder / "lock", f"out_dir={folder}")
+    if keep or not (folder / "last.pt").is_file():
+        return
+
+    # a job that was put in the queue again, or the same command once more
+    for i in itertools.count(1):
+        aside = folder.with_name(f"{folder.name}.{i}")
+        if not aside.exists():
+            break
+    old_lock = (folder / "lock").resolve()
+    os.replace(folder, aside)
+    LOCKS[(aside / "lock").resolve()] = LOCKS.pop(old_lock, None)  # still held: nobody gets the folder half moved
+    print(f"{folder} held a run, now in {aside}; --init_from=resume would have gone on with it")
+    lock(folder / "lock", f"out_dir={folder}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the state of a run
+
+
 # What state_of() puts into a checkpoint, and load_state() expects there.
 ENTRIES = {"step": int, "best": float, "model": dict, "optimizer": dict, "scaler": dict, "config": dict}
 # Settings that do not change what is computed.
@@ -50,6 +113,9 @@ def load_state(out, cfg, world, fixed):
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such checkpoint; init_from=resume needs a run that was started in this out_dir")
+    if os.environ.get("RANK", "0") == "0":
+        take_folder(out, keep=True)  # before it is read: the run that wrote it may still go on
+    run.barrier()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: pickle, zip file, missing names
@@ -78,10 +144,12 @@ def check_entries(state, path):
     for name, kind in ENTRIES.items():
         if name not in state:
             wrong.append(f"{name} is missing")
-        elif not isinstance(state[name], kind):
+        elif not isinstance(state[name], kind) or isinstance(state[name], bool):
             wrong.append(f"{name} is no {kind.__name__}")
     if not wrong and state["step"] < 0:
         wrong.append(f"step is {state['step']}")
+    if not wrong and math.isnan(state["best"]):
+        wrong.append("best is NaN")
     if not wrong and not all(isinstance(tensor, torch.Tensor) for tensor in state["model"].values()):
         wrong.append("model holds something else than tensors")
     if wrong:

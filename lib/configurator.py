@@ -221,20 +221,57 @@ def shared(cfg, other):
 # what a script's check() may ask
 
 
-LARGEST_SEED = 2 ** 32 - 1  # seeds of single steps are products of it
+# Numbers above these are refused before memory is taken for them, or minutes pass. Seeds of steps are products of seed.
+LARGEST = {"seed": 2 ** 32 - 1, "batch_size": 1_000_000, "n_frames": 100_000, "group_size": 10_000, "n_workers": 1000}
+LARGEST_NUMBER = 1_000_000_000  # for all other keys
+LARGEST_SIZE = 1_000_000        # of any width or count in a model's config
+MOST_LAYERS = 1000
+MOST_PATCHES = 256              # along a side of the picture
 
 
 def check_common(cfg):
-    """Keys that mean the same in every script. load() asks this by itself."""
+    """Keys that mean the same in every script, and all numbers. load() asks this by itself."""
+    for key, value in vars(cfg).items():
+        most = LARGEST.get(key, LARGEST_NUMBER)
+        if type(value) in (int, float) and abs(value) > most:
+            raise ValueError(f"{key}={value} must be at most {most}")
     device = getattr(cfg, "device", "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
         raise ValueError(f"device={device}: possible are auto, cpu, mps, cuda (one per process) and cuda:0, cuda:1, …")
     seed = getattr(cfg, "seed", 0)
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"seed={seed} must lie between 0 and {LARGEST_SEED}")
-    out_dir = getattr(cfg, "out_dir", None)
-    if out_dir is not None and Path.cwd().is_relative_to(Path(out_dir).resolve()):
-        raise ValueError(f"out_dir={out_dir} holds the folder you work in: give results a folder of their own")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must lie between 0 and {LARGEST['seed']}")
+    for key in ("out_dir", "out"):
+        folder = getattr(cfg, key, None)
+        if folder is not None and Path.cwd().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"{key}={folder} holds the folder you work in: give results a folder of their own")
+
+
+def check_sizes(config, may_be_zero=()):
+    """Of a model's config, also one from a file: ValueError names the first value that no model can have."""
+    for setting in fields(config):
+        key = setting.name
+        value = getattr(config, key)
+
+        if setting.type is int:
+            counts_layers = "layers" in key or "blocks" in key or "depth" in key
+            lowest = 0 if key in may_be_zero else 1
+            highest = MOST_LAYERS if counts_layers else LARGEST_SIZE
+            if type(value) is not int or not lowest <= value <= highest:
+                raise ValueError(f"{key}={value!r} must be a whole number from {lowest} to {highest:,}")
+
+        if setting.type is float:
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"{key}={value!r} must be a number")
+
+        if setting.type in (bool, str) and type(value) is not setting.type:
+            raise ValueError(f"{key}={value!r} must be {'true or false' if setting.type is bool else 'a text'}")
+
+
+def check_patches(key, side, patch_size):
+    """ValueError unless `side`, the value of key in pixels, gives a whole number of patches, and not too many."""
+    if side % patch_size or not 1 <= side // patch_size <= MOST_PATCHES:
+        raise ValueError(f"{key}={side} must be a multiple of patch_size={patch_size}, at most {MOST_PATCHES} patches")
 
 
 def check_at_least(cfg, **minimum):
@@ -243,14 +280,6 @@ def check_at_least(cfg, **minimum):
         value = getattr(cfg, key)
         if value is not None and value < least:
             raise ValueError(f"{key}={value} must be at least {least}")
-
-
-def check_at_most(cfg, **maximum):
-    """ValueError if a key is above its maximum: before memory is taken for it, or minutes pass."""
-    for key, most in maximum.items():
-        value = getattr(cfg, key)
-        if value is not None and value > most:
-            raise ValueError(f"{key}={value} must be at most {most}")
 
 
 def check_above_zero(cfg, *keys):

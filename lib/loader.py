@@ -28,6 +28,8 @@ class StepSampler:
     def __init__(self, n, batch_size, rank, world, micro, seed, start, total):
         if batch_size % world:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {world} processes")
+        if start > total:
+            raise ValueError(f"the checkpoint is of step {start}, this run ends at {total}: raise steps or epochs")
         self.n = n
         self.batch_size = batch_size
         self.rank = rank

@@ -1,10 +1,7 @@
 """What a run tells: a line on screen and a line in metrics.jsonl per interval, on rank 0."""
 import contextlib
-import fcntl
-import itertools
 import json
 import math
-import os
 import platform
 import resource
 import subprocess
@@ -17,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lib import run
-from lib.checkpoint import write_whole
+from lib.checkpoint import take_folder, write_whole
 
 
 class Log:
@@ -36,7 +33,7 @@ class Log:
     def open(self, cfg, world, lines, start):
         """Take out_dir for this run and print once what it is: settings, versions, device, the caller's own lines."""
         resumed = cfg.init_from == "resume"
-        self.lock = take_folder(self.out_dir, keep=resumed)
+        take_folder(self.out_dir, keep=resumed)
 
         # run.json, and the same on screen
         about = {"command": sys.argv, "commit": git_commit(), "python": platform.python_version(),
@@ -100,49 +97,12 @@ def flat(row):
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the folder of a run
-
-
-def take_folder(folder, keep):
-    """Make `folder` this process's own until it ends; returns the open lock file. keep=False: a run that is in there is
-    moved aside. ValueError: another process is still writing to it."""
-    lock = lock_folder(folder)
-    if keep or not (folder / "last.pt").is_file():
-        return lock
-
-    # a job that was put in the queue again, or the same command once more
-    for i in itertools.count(1):
-        aside = folder.with_name(f"{folder.name}.{i}")
-        if not aside.exists():
-            break
-    os.replace(folder, aside)
-    print(f"{folder} held a run, now in {aside}; --init_from=resume would have gone on with it")
-    lock.close()
-    return lock_folder(folder)
-
-
-def lock_folder(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "a+")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise ValueError(f"out_dir={folder} is in use by {lock.read().strip() or 'another run'}: wait for it, or give "
-                         "another out_dir") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}\n")
-    lock.flush()
-    return lock
-
-
 def kept_rows(path, start):
     """Lines of metrics.jsonl that a run resumed at step `start` will not write again; training rows have an lr."""
     if not path.is_file():
         return
-    for line in path.read_text().splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):  # the line a killed process was writing
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # the line a killed process was writing
             row = json.loads(line)
             if row["step"] < start or row["step"] == start and "lr" in row:
                 yield line

@@ -18,6 +18,7 @@ The shared parts read these keys of a script's config; all else in it is the scr
 log_every, save_every, val_every, n_workers, cache are read by the scripts alone; they have the same meaning in all.
 """
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -237,18 +238,45 @@ def prepare(module, optimizer, cfg, world, device, resumed):
 
 def restore(optimizer, scaler, resumed, cfg):
     """Take optimizer and scaler up where the checkpoint left them. ValueError if theirs are not in it."""
+    path = f"{cfg.out_dir}/last.pt"
+    load_optimizer(optimizer, resumed["optimizer"], path)
     try:
-        optimizer.load_state_dict(resumed["optimizer"])
+        if not all(math.isfinite(value) for value in resumed["scaler"].values()):
+            raise ValueError("not finite")
         scaler.load_state_dict(resumed["scaler"])
-        # torch accepts a state that lacks entries, and fails at the first step
-        for part in getattr(optimizer, "parts", [optimizer]):
-            states = list(part.state.values())
-            for state in states[1:]:
-                if state.keys() != states[0].keys():
-                    raise ValueError(f"entries {sorted(state.keys() ^ states[0].keys())} are missing for some weights")
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no scaler of this dtype ({type(error).__name__}: {error})") from error
+
+
+def load_optimizer(optimizer, state, path):
+    """Take an optimizer up where its state_dict() was written; rates and decays stay those of this run. ValueError
+    names the file if the state does not fit, which torch notices at the first step, or never."""
+    parts = getattr(optimizer, "parts", [optimizer])
+    settings = [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        for part in parts:
+            check_states(part)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{cfg.out_dir}/last.pt is not a checkpoint of this script, or of one with another optimizer "
-                         f"or dtype ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is not a checkpoint of this script, or of one with another optimizer or dtype "
+                         f"({type(error).__name__}: {error})") from error
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def check_states(optimizer):
+    """ValueError unless all weights have the same entries, or none has any, in the shape of the weight and finite."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    states = [optimizer.state.get(weight, {}) for weight in weights]
+    for weight, state in zip(weights, states, strict=True):
+        if state.keys() != states[0].keys():
+            raise ValueError(f"entries {sorted(state.keys() ^ states[0].keys())} are missing for some weights")
+        for name, value in state.items():
+            value = torch.as_tensor(value)
+            if value.dim() and value.shape != weight.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, its weight {tuple(weight.shape)}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity")
 
 
 def update(optimizer, scaler):

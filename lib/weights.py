@@ -64,12 +64,29 @@ def save_folder(folder, tensors, config):
     os.replace(new_weights, weight_file)
 
 
-def load_module(build, tensors, source, name=lambda n: n):
-    """Return the module that build() makes, with `tensors` as its weights. What does not fit is found before the module
+def build(make):
+    """The module that make() makes. ValueError, before it takes memory, if this machine has less than it needs."""
+    check_memory(make)
+    return make()
+
+
+def check_memory(make):
+    """ValueError if this machine has less memory than the module that make() makes. It is made on the meta device."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        n_parameters = sum(p.numel() for p in make().parameters())
+    needed = 4 * n_parameters / 2 ** 30
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+    if needed > memory:
+        raise ValueError(f"these sizes make a model of {n_parameters / 1e9:.0f} billion weights, {needed:.0f} GiB; "
+                         f"this machine has {memory:.0f}")
+
+
+def load_module(make, tensors, source, name=lambda n: n):
+    """Return the module that make() makes, with `tensors` as its weights. What does not fit is found before the module
     takes memory: names and shapes are compared on the meta device first. The rest as in assign."""
     with torch.device("meta"):
-        check_shapes(build(), tensors, source, name)
-    module = build()
+        check_shapes(make(), tensors, source, name)
+    module = make()
     assign(module, tensors, source, name)
     return module
 
@@ -85,12 +102,17 @@ def assign(module, tensors, source, name=lambda n: n):
 
 
 def check_shapes(module, tensors, source, name):
-    shapes = {name(own): tuple(p.shape) for own, p in module.state_dict().items()}
-    wrong = [f"missing {n}" for n in shapes if n not in tensors]
-    wrong += [f"unexpected {n}" for n in tensors if n not in shapes]
+    weights = {name(own): p for own, p in module.state_dict().items()}
+    wrong = [f"missing {n}" for n in weights if n not in tensors]
+    wrong += [f"unexpected {n}" for n in tensors if n not in weights]
     for n, tensor in tensors.items():
-        if n in shapes and tuple(tensor.shape) != shapes[n]:
-            wrong.append(f"{n} is {tuple(tensor.shape)}, the config needs {shapes[n]}")
+        if n not in weights:
+            continue
+        shape = tuple(weights[n].shape)
+        if tuple(tensor.shape) != shape:
+            wrong.append(f"{n} is {tuple(tensor.shape)}, the config needs {shape}")
+        elif weights[n].is_floating_point() and not tensor.is_floating_point():
+            wrong.append(f"{n} is of type {tensor.dtype}")
 
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -115,14 +137,14 @@ def read_config(path, build):
     """build(the dict in a config.json). ValueError names the file."""
     try:
         config = json.loads(Path(path).read_text())
-    except ValueError as e:
+    except (RecursionError, ValueError) as e:
         raise ValueError(f"{path} is not valid JSON, was it cut off? ({e})") from e
     try:
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, found a {type(config).__name__}")
         return build(config)
     except KeyError as e:
-        raise ValueError(f"{path}: not the config of a gaze model, key {e} is missing") from e
+        raise ValueError(f"{path}: not the config of this model, key {e} is missing") from e
     except (AttributeError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: {e}") from e
 

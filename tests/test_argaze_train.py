@@ -235,6 +235,7 @@ def test_a_published_checkpoint_can_be_trained_on(run, tmp_path):
 
 
 def test_one_batch_is_learned_by_heart():
+    torch.manual_seed(0)  # of dropout
     model = published("template", history_values="probability").train()
     video = load_file(GOLDEN / "tensors.safetensors")["clip"].movedim(1, 2)
     target = load_file(GOLDEN / "tensors.safetensors")["gt"]

@@ -22,8 +22,7 @@ import train_videomae
 from data import VideoError
 from lib import labels as label_files
 from lib import run
-from lib.checkpoint import save_state, state_of
-from lib.log import take_folder
+from lib.checkpoint import save_state, state_of, take_folder
 from model import Gaze
 from videomae import ReconstructionLoss, VideoMAE
 
@@ -359,8 +358,8 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch, capsys, scri
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lib.log import take_folder
-lock = take_folder(Path(sys.argv[1]), keep=True)
+from lib.checkpoint import take_folder
+take_folder(Path(sys.argv[1]), keep=True)
 print("holds", flush=True)
 time.sleep(60)
 """
@@ -381,6 +380,5 @@ def test_a_folder_that_a_run_still_writes_to_is_refused(tmp_path, keep):
     finally:
         holder.kill()
         holder.wait()
-    lock = take_folder(out, keep)
+    take_folder(out, keep)
     assert (out / "last.pt").exists() == keep and (tmp_path / "out.1" / "last.pt").exists() != keep
-    lock.close()

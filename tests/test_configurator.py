@@ -49,7 +49,7 @@ def write(path, text):
 @pytest.mark.parametrize("arg, expected", [
     ("--lr=1", 1.0), ("lr=1e-3", 1e-3), ("--lr=-.5", -0.5),
     ("--clip=none", None), ("--clip=2", 2.0),
-    ("--steps=1e3", 1000), ("steps=7", 7), ("--steps=12345678901234567891", 12345678901234567891),
+    ("--steps=1e3", 1000), ("steps=7", 7), ("--steps=123456789", 123456789),
     ("--limit=None", None), ("--limit=3", 3),
     ("--compile=true", True), ("--compile=False", False), ("compile=1", True), ("--compile=0", False),
     ("--compile=YES", True), ("--compile=no", False), ("--compile=On", True), ("--compile=off", False),
@@ -134,7 +134,7 @@ class Run:
 @pytest.mark.parametrize("argument, words", [
     ("device=0+32", r"device=0\+32: possible are auto, cpu, mps, cuda"), ("device=out", "device=out: possible are"),
     ("device=cuda:x", "device=cuda:x"), ("seed=-1", "seed=-1 must lie between 0 and 4294967295"),
-    ("seed=1e38", "seed=1000.*must lie between 0 and"), ("seed=4294967296", "must lie between"),
+    ("seed=1e38", "seed=1000.*must be at most 4294967295"), ("seed=4294967296", "must be at most"),
     ("out_dir=/", "out_dir=/ holds the folder you work in"), ("out_dir=.", "out_dir=. holds"),
     ("out_dir=..", "out_dir=.. holds")])
 def test_keys_that_mean_the_same_in_every_script(argument, words):

@@ -633,7 +633,7 @@ def test_not_a_model_folder(tmp_path, gaze):
         Gaze.from_pretrained(tmp_path)
     gaze.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="not the config of a gaze model"):
+    with pytest.raises(ValueError, match="not the config of this model"):
         Gaze.from_pretrained(tmp_path)
 
 

@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
+from lib.configurator import check_patches, check_sizes
 from lib.cpu import Linear
 from lib.pixels import LARGEST, check_tensor, check_values
 from lib.weights import assign, download, read_config, read_tensors, save_folder
@@ -43,10 +44,9 @@ class UniGazeConfig:
     drop_path: float = 0.1     # share of faces that skip the last block in training; for earlier blocks less, linearly
 
     def __post_init__(self):
-        check_multiple(self, "image_size", "patch_size")
+        check_sizes(self)
+        check_patches("image_size", self.image_size, self.patch_size)
         check_multiple(self, "hidden_size", "num_heads")
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1)")
 
@@ -67,8 +67,6 @@ class FaceMAEConfig(UniGazeConfig):
     def __post_init__(self):
         super().__post_init__()
         check_multiple(self, "decoder_hidden_size", "decoder_num_heads")
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth={self.decoder_depth} must be at least 1")
         if self.hidden_size % 4 or self.decoder_hidden_size % 4:
             raise ValueError(f"hidden_size={self.hidden_size} and decoder_hidden_size={self.decoder_hidden_size} must "
                              "be multiples of 4: sine and cosine of row and of column")
@@ -83,7 +81,7 @@ class FaceMAEConfig(UniGazeConfig):
 def check_multiple(config, whole, part):
     size = getattr(config, whole)
     unit = getattr(config, part)
-    if size < 1 or unit < 1 or size % unit:
+    if size % unit:
         raise ValueError(f"{whole}={size} must be a multiple of {part}={unit}")
 
 

@@ -13,6 +13,9 @@ L1 loss on pitch and yaw, Adam, one-cycle learning rate (paper, section 4). Writ
 model.safetensors} for UniGaze.from_pretrained, best/ by the mean error over the validation sets, epoch_NN/ every
 save_epoch, metrics.jsonl, and results/SET/{gt_gaze,gt_head,subject_key}.txt, results/SET/epoch_N/pred_gaze.txt.
 """
+if not __package__:
+    raise SystemExit("run it from the root of the repository as a module: python -m unigaze.train …")
+
 import math
 import re
 import sys
@@ -30,7 +33,7 @@ from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, Means, check_finite, count_parameters
-from lib.weights import assign
+from lib.weights import assign, build
 from unigaze.data import FaceError, collate, open_set, open_sets, protocol
 from unigaze.model import UniGaze, UniGazeConfig, angular_error, read_published
 
@@ -246,12 +249,12 @@ def main():
     resumed = None
     if cfg.init_from == "resume":
         resumed = load_state(out, cfg, world, {*UniGazeConfig.__dataclass_fields__, "protocol"})
-        gaze = UniGaze(cfg.model())
+        gaze = build(lambda: UniGaze(cfg.model()))
         assign(gaze, resumed["model"], f"{out}/last.pt")
     elif cfg.ckpt_resume or cfg.init_from != "scratch":
         gaze = UniGaze.from_published(cfg.ckpt_resume or cfg.init_from, cfg.model())
     else:
-        gaze = UniGaze(cfg.model())
+        gaze = build(lambda: UniGaze(cfg.model()))
     gaze.to(device)
     n_parameters = count_parameters(gaze) / 1e6
 
@@ -286,8 +289,11 @@ def main():
         best = resumed["best"]
     if cfg.ckpt_resume:
         published = read_published(cfg.ckpt_resume)
+        if type(published.get("epoch")) is not int or "optimizer" not in published:
+            raise ValueError(f"ckpt_resume={cfg.ckpt_resume} holds no epoch or no state of Adam: for weights alone "
+                             "there is --init_from")
         start = published["epoch"] * per_epoch
-        optimizer.load_state_dict(published["optimizer"])
+        run.load_optimizer(optimizer, published["optimizer"], cfg.ckpt_resume)
     sampler = StepSampler(len(train), step_size, rank, world, cfg.batch_size, cfg.seed, start, total)
     loader = Feed(make_loader(train, sampler, cfg.n_workers, collate))
     log = Log(cfg, rank, world, device, [

@@ -9,6 +9,9 @@ The recipe of MAE (He et al. 2022) with the faces and the augmentation of UniGaz
 took 120 hours on 4 H100. Writes out_dir/{config.json, model.safetensors}, metrics.jsonl and faces.png: what is shown,
 what the model makes of it, and the faces.
 """
+if not __package__:
+    raise SystemExit("run it from the root of the repository as a module: python -m unigaze.train_mae …")
+
 import math
 import sys
 import time
@@ -25,7 +28,7 @@ from lib.checkpoint import load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader
 from lib.log import Log, Means, check_finite, count_parameters
 from lib.video_out import contact_sheet
-from lib.weights import assign
+from lib.weights import assign, build
 from unigaze.data import FaceError, collate, open_sets, protocol
 from unigaze.model import FaceMAE, FaceMAEConfig, imagenet_normalize
 from unigaze.normalise import resize
@@ -216,10 +219,10 @@ def main():
     if cfg.init_from == "resume":
         resumed = load_state(out, cfg, world, {*FaceMAEConfig.__dataclass_fields__, "protocol"})
         start = resumed["step"]
-        mae = FaceMAE(cfg.model())
+        mae = build(lambda: FaceMAE(cfg.model()))
         assign(mae, resumed["model"], f"{out}/last.pt")
     elif cfg.init_from == "scratch":
-        mae = FaceMAE(cfg.model())
+        mae = build(lambda: FaceMAE(cfg.model()))
     else:
         mae = FaceMAE.from_published(cfg.init_from, cfg.model())
     mae.to(device)
