@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import warnings
+from bisect import bisect_left, insort
 from concurrent.futures import ThreadPoolExecutor
 from itertools import dropwhile
 from pathlib import Path
@@ -91,6 +92,13 @@ def upright(image, frame):
     return image
 
 
+def has_true_stamps(container, stream):
+    """Whether a packet's time stamp is that of the one frame it holds. VP8 has packets that are no frame of the film;
+    AVI knows only the order in which frames are decoded."""
+    reorders = stream.codec_context.has_b_frames
+    return stream.codec_context.name != "vp8" and not (container.format.name == "avi" and reorders)
+
+
 def keyframe_before(path, first):
     """(i, time stamps of frames i to `first`), i being the last keyframe up to frame number `first`: packets are read
     up to there, not decoded. (0, []) if they do not tell."""
@@ -99,7 +107,7 @@ def keyframe_before(path, first):
     try:
         with open_video(path) as container:
             stream = video_stream(container, path)
-            if stream.codec_context.name == "vp8":  # has packets that are no frame of the film
+            if not has_true_stamps(container, stream):
                 return 0, []
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
@@ -122,14 +130,43 @@ def keyframe_before(path, first):
     return i, stamps[i:first + 1]
 
 
+def numbered_frames(packets, start=0, has_stamps=True, strict=False):
+    """Yield (number, frame) of packets. A frame's number is the rank of its time stamp among those of the packets, from
+    the first keyframe on, which has number `start`. So one that is damaged and left out does not shift the others.
+    Where stamps do not tell, it is the number after that of the frame before. strict: packets that cannot be decoded
+    are an error."""
+    stamps = []  # of the packets so far, ascending
+    number = start - 1
+    for packet in packets:
+        # a keyframe's leading frames, if they can be decoded at all, belong to the one before it
+        is_first = not stamps and packet.is_keyframe
+        is_frame = packet.size and not packet.is_discard and packet.pts is not None
+        if has_stamps and is_frame and (is_first or stamps and packet.pts >= stamps[0]):
+            insort(stamps, packet.pts)
+
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError:
+            if strict:
+                raise
+            continue
+        for frame in frames:
+            number += 1
+            rank = len(stamps) if frame.pts is None else bisect_left(stamps, frame.pts)
+            if rank < len(stamps) and stamps[rank] == frame.pts:
+                number = max(number, start + rank)
+            yield number, frame
+
+
 def decode(path, wanted, skip=True):
     """Yield (i, (H, W, 3) uint8 array) for the frame indices i in `wanted` (range or set), in decoding order.
 
     Frames come upright: the display matrix of phone videos is applied. Of several video tracks the default one is
     decoded, else the largest. Decoding starts at the last keyframe before the first wanted frame (where the file does
-    not tell it, or skip=False, at the start) and ends with the last wanted frame. A file that ends or breaks earlier
-    just ends the iteration; if it ends before the first wanted frame, its last frame is yielded. No frame: VideoError.
-    Every frame has the size of the first one yielded, also when the stream changes size in between.
+    not tell it, is damaged, or skip=False, at the start) and ends with the last wanted frame. Frames that cannot be
+    decoded are left out, and a file that ends or breaks earlier just ends the iteration; if none of the wanted frames
+    comes, the last one before them is yielded, or the first of all. No frame: VideoError. Every frame has the size of
+    the first one yielded, also when the stream changes size in between.
     """
     reformatter = VideoReformatter()  # one for all frames: each would set up its own colour conversion otherwise
 
@@ -143,49 +180,61 @@ def decode(path, wanted, skip=True):
     first = min(wanted)
     last = max(wanted)
     start, stamps = keyframe_before(path, first) if skip and first > 0 else (0, [])
-    i = start
-    frame = None
-    size = None  # of the frames yielded
-    reason = "not one frame in its video stream"
+    skips = bool(stamps)
+    done = -1      # number of the frame yielded last
+    size = None    # of the frames yielded
+    before = None  # (number, frame) to yield if none of the wanted ones comes
+    reason = None
     try:
         with open_video(path) as container:
             stream = video_stream(container, path)
             stream.codec_context.thread_count = 1  # threads cost more than they save here, and workers are many
+            has_stamps = has_true_stamps(container, stream)
             packets = container.demux(stream)
-            if stamps:
+            if skips:
+                stream.codec_context.options = {"err_detect": "explode"}  # no damage is painted over
                 packets = dropwhile(lambda packet: packet.pts != stamps[0], packets)
 
-            frames = (frame for packet in packets for frame in packet.decode())
-            for i, frame in enumerate(frames, start):
+            for k, (i, frame) in enumerate(numbered_frames(packets, start, has_stamps, skips)):
                 # up to the first wanted frame, what comes must be what the packets promised
-                if i < start + len(stamps) and frame.pts != stamps[i - start]:
-                    break
+                if k < len(stamps) and (frame.pts != stamps[k] or k == 0 and not frame.key_frame):
+                    raise ValueError("another frame came than its packets promised")
                 if i in wanted:
                     size = size or (frame.width, frame.height)
                     yield i, to_rgb(frame, *size)
+                    done = i
+                elif before is None or i < first:
+                    before = i, frame
                 if i >= last:
-                    return
+                    break
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = error
 
-    if stamps and not size:  # another frame came than promised, e.g. because two packets hold one: from the start
-        yield from decode(path, wanted, skip=False)
-    elif frame is None:
-        raise VideoError(f"{path}: cannot be decoded as a video ({reason})")
-    elif not size:
+    if skips and reason:  # the file is damaged, or two packets hold one frame: from the start
+        for i, image in decode(path, wanted, skip=False):
+            if i > done:
+                yield i, image
+    elif not size and before:
+        i, frame = before
         yield i, to_rgb(frame, frame.width, frame.height)
+    elif not size:
+        raise VideoError(f"{path}: cannot be decoded as a video ({reason or 'not one frame in its video stream'})")
 
 
 def read_frames(path, n_frames, start=0, stride=1):
     """Frames start, start + stride, ... as (n_frames, 3, H, W) uint8; a shorter video repeats its last frame."""
     assert n_frames > 0 and start >= 0 and stride > 0, (n_frames, start, stride)
     wanted = range(start, start + n_frames * stride, stride)
-    frames = []
-    for _, image in decode(path, wanted):
-        frames.append(torch.from_numpy(np.ascontiguousarray(image)))
+    images = {}
+    for i, image in decode(path, wanted):
+        images[i] = torch.from_numpy(np.ascontiguousarray(image))
 
-    missing = n_frames - len(frames)
-    frames += frames[-1:] * missing
+    # one that is missing is as the one before it
+    image = next(iter(images.values()))
+    frames = []
+    for i in wanted:
+        image = images.get(i, image)
+        frames.append(image)
     return torch.stack(frames).permute(0, 3, 1, 2)  # (T,H,W,3) -> (T,3,H,W), a view
 
 
@@ -269,7 +318,8 @@ def read_motion(path, n_frames, size, stride=1):
             stream = video_stream(container, path)
             stream.codec_context.options = {"flags2": "+export_mvs"}
             stream.codec_context.thread_count = 1
-            for i, frame in enumerate(container.decode(stream)):
+            has_stamps = has_true_stamps(container, stream)
+            for i, frame in numbered_frames(container.demux(stream), has_stamps=has_stamps):
                 if i > (n_frames - 1) * stride:
                     break
                 vectors = frame.side_data.get("MOTION_VECTORS")

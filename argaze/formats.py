@@ -6,9 +6,7 @@ that were cut out of it. The README says where each file comes from; errors name
 
 Dimension key: n frames of a video, T frames of an item.
 """
-import csv
 import functools
-import json
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -16,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from lib.text import read_csv, read_json
 
 NAMES = {"egtea": "EGTEA Gaze+", "ego4d": "Ego4D", "egoexo4d": "EgoExo4D"}
 UNTRACKED = {"egtea": 0, "ego4d": 3, "egoexo4d": 0}  # the type of frames without a gaze point
@@ -119,11 +119,7 @@ def read_rows(path, hint):
     """Yield (line number, fields) of a csv file without its empty lines. hint: where the file comes from."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {hint}")
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        for line, fields in enumerate(csv.reader(file), 1):
-            fields = [field.strip() for field in fields]
-            if any(fields):
-                yield line, fields
+    yield from read_csv(path)
 
 
 def read_table(path, columns, hint):
@@ -397,14 +393,16 @@ def read_takes(root):
     path = root / "takes.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `egoexo --parts metadata` downloads it")
-    try:
-        takes = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
     rows = {}
-    for take in takes:
-        if take.get("timesync_end_idx"):  # a few takes were never synchronised
-            rows[take["take_name"]] = (take["timesync_start_idx"] + 1, take["timesync_end_idx"])
+    try:
+        for take in read_json(path):
+            if take.get("timesync_end_idx"):  # a few takes were never synchronised
+                first = take["timesync_start_idx"] + 1
+                end = take["timesync_end_idx"] + 0
+                rows[take["take_name"]] = (first, end)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: every take needs take_name, timesync_start_idx and timesync_end_idx ({error!r})"
+                         ) from error
     return rows
 
 

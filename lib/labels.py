@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lib.text import read_json
+
 LARGEST_LOSS = 3e38  # float32 ends there
 LARGEST_ID = 2 ** 31 - 1  # int32 ends there
 
@@ -32,7 +34,7 @@ def load_labels(path):
     if not Path(path).is_dir():
         return read_labels(path)
     labels = PackedLabels(path)
-    source = Path(labels.meta["source"])
+    source = labels.source
     if source.exists() and source.stat().st_size != labels.meta["bytes"] and os.environ.get("RANK", "0") == "0":
         warnings.warn(f"labels={path}: {source} has changed since it was packed", stacklevel=2)
     return labels
@@ -42,31 +44,12 @@ def read_labels(path):
     """The same of a JSON file. ValueError: it is damaged, or a label lacks what every label has."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"label file {path} does not exist: label.py writes one")
-    try:
-        with open(path, encoding="utf-8") as file:
-            labels = json.load(file, object_pairs_hook=unique)
-    except KeyError as error:
-        raise ValueError(f"label file {path} has two labels for {error.args[0]!r}") from None
-    except RecursionError:
-        raise ValueError(f"label file {path} is nested too deeply to be one") from None
-    except ValueError as error:
-        raise ValueError(f"label file {path} is not valid JSON, was it cut off? ({error})") from error
-
+    labels = read_json(path, f"label file {path}")
     if not isinstance(labels, dict):
         raise ValueError(f"label file {path}: expected an object of labels by video, found a {type(labels).__name__}")
     for key, label in labels.items():
         check_fields(key, label, path)
     return labels
-
-
-def unique(pairs):
-    """dict of a JSON object; KeyError if a name occurs twice, of which json would keep the last."""
-    found = {}
-    for name, value in pairs:
-        if name in found:
-            raise KeyError(name)
-        found[name] = value
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,28 +167,34 @@ class PackedLabels:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self.meta = json.loads((self.path / "meta.json").read_text())
+            self.meta = read_json(self.path / "meta.json")
             self.n_frames = self.meta["frames"]
-            self.bounds = self.meta["bounds"]
-            self.keys = self.open("keys")
-            self.ids = self.open("ids")
-            self.losses = self.open("losses")
-            self.offsets = self.open("offsets")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.bounds = np.array(self.meta["bounds"], np.int64).reshape(self.n_frames, 2)
+            self.source = Path(self.meta["source"])
+            self.keys = self.open("keys", "S")
+            self.ids = self.open("ids", "i")
+            self.losses = self.open("losses", "f")
+            self.offsets = self.open("offsets", "i")
+            n_edges = len(self.keys) * self.n_frames + 1
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"labels={path}: not a folder written by `python data.py pack`, or copied in part: "
                              f"pack again ({error})") from error
-        n_edges = len(self.keys) * self.n_frames + 1
         if len(self.offsets) != n_edges or not self.offsets[-1] == len(self.ids) == len(self.losses):
             raise ValueError(f"labels={path}: its files are of different label files: pack again")
+        if not (self.keys[:-1] < self.keys[1:]).all():  # bisection would pass over some
+            raise ValueError(f"labels={path}: its keys are not sorted: pack again")
 
-    def open(self, name):
-        """The array of one file, mapped: only what is used gets read."""
+    def open(self, name, kind):
+        """The array (n,) of one file, mapped: only what is used gets read. kind: letter of its type."""
         file = self.path / f"{name}.npy"
         small = file.stat().st_size < 4096  # an empty array cannot be mapped
         try:
-            return np.asarray(np.load(file, mmap_mode=None if small else "r"))
-        except ValueError as error:
+            array = np.asarray(np.load(file, mmap_mode=None if small else "r"))
+        except Exception as error:  # of many kinds: the header is a line of Python
             raise ValueError(f"{file}: {error}") from error
+        if array.ndim != 1 or array.dtype.kind != kind:
+            raise ValueError(f"{file}: it holds {array.dtype} of shape {array.shape}")
+        return array
 
     def __reduce__(self):
         return PackedLabels, (self.path,)
@@ -214,7 +203,7 @@ class PackedLabels:
         return len(self.keys)
 
     def __iter__(self):
-        return (key.decode() for key in self.keys)
+        return (key.decode(errors="surrogateescape") for key in self.keys)
 
     def items(self):
         return ((key, self[key]) for key in self)
@@ -223,28 +212,34 @@ class PackedLabels:
         """Bools: which of these keys have a label."""
         if len(self) == 0:
             return [False] * len(keys)
-        keys = np.array([key.encode(errors="surrogatepass") for key in keys])
+        keys = np.array([key.encode(errors="surrogateescape") for key in keys])
         rows = np.searchsorted(self.keys, keys).clip(max=len(self) - 1)
         return (self.keys[rows] == keys).tolist()
 
     def __getitem__(self, key):
-        name = np.array(key.encode(), self.keys.dtype)  # with another dtype numpy would copy all keys
+        key_bytes = key.encode(errors="surrogateescape")
+        name = np.array(key_bytes, self.keys.dtype)  # with another dtype numpy would copy all keys
         row = int(np.searchsorted(self.keys, name))
-        if row == len(self) or self.keys[row] != key.encode():
+        if row == len(self) or self.keys[row] != key_bytes:
             raise KeyError(key)
 
         label = {"gazing_pos": [], "task_losses": []}
-        for t in range(row * self.n_frames, (row + 1) * self.n_frames):
-            frame = slice(self.offsets[t], self.offsets[t + 1])
-            label["gazing_pos"].append(self.ids[frame].tolist())
-            label["task_losses"].append(self.losses[frame].tolist())
+        for t, (lowest, highest) in enumerate(self.bounds):
+            start, end = self.offsets[row * self.n_frames + t:][:2]
+            ids = self.ids[start:end]
+            losses = self.losses[start:end]
+            in_bounds = (lowest <= ids) & (ids <= highest) & np.isfinite(losses)
+            if start < 0 or len(ids) != end - start or not in_bounds.all():
+                raise ValueError(f"labels={self.path}: the label of {key!r} is damaged: pack again")
+            label["gazing_pos"].append(ids.tolist())
+            label["task_losses"].append(losses.tolist())
         return label
 
     def fits(self, n_frames, n_ids):
         """Whether every label is one of clips of n_frames frames and n_ids ids per frame."""
         if self.n_frames != n_frames:
             return False
-        for t, (lowest, highest) in enumerate(self.bounds):
+        for t, (lowest, highest) in enumerate(self.bounds.tolist()):
             first = n_ids * t
             last = first + n_ids - 1
             if lowest <= highest and not first <= lowest <= highest <= last:

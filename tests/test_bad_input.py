@@ -116,7 +116,7 @@ LABELS = [
     ("a list", lambda good: "[]", "labels.json: expected an object of labels by video"),
     ("not JSON behind a label", lambda good: json.dumps(good)[:-1] + ", }", "labels.json is not valid JSON"),
     ("two objects", lambda good: json.dumps(good) + '\n{"b": {}}', "labels.json is not valid JSON.*Extra data"),
-    ("a key twice", lambda good: json.dumps(good)[:-1] + ", " + json.dumps(good)[1:], "two labels for 'toy/train/0000"),
+    ("a key twice", lambda good: json.dumps(good)[:-1] + ", " + json.dumps(good)[1:], "two entries for 'toy/train/0"),
     ("half a character", lambda good: json.dumps(good | {"\ud83d.mp4": next(iter(good.values()))}), "half a character"),
     ("deep", lambda good: '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "labels.json.*(nested too deeply|list)"),
     ("of other videos", lambda good: json.dumps({k.replace("toy", "else"): v for k, v in good.items()}),

@@ -77,5 +77,5 @@ def test_packed_labels(tmp_path, labels):
 def test_two_labels_of_a_name(tmp_path):
     (tmp_path / "l.json").write_text('{"a": {"gazing_pos": [], "task_losses": []}, "a": {"gazing_pos": [], '
                                      '"task_losses": []}}')
-    with pytest.raises(ValueError, match="two labels for 'a'"):
+    with pytest.raises(ValueError, match="two entries for 'a'"):
         label_files.pack_labels(tmp_path / "l.json")

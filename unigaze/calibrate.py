@@ -6,14 +6,13 @@ the axis that a camera sees, differently for everybody. In radians, in the norma
 
 show.py makes the file (--targets) and uses it (--calibration).
 """
-import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from lib.checkpoint import write_whole
+from lib.text import read_csv, read_json
 from unigaze.model import angular_error
 
 SHRINK = 1e-3    # radians², pulls the matrix to the identity where targets hardly differ
@@ -23,15 +22,18 @@ def read_targets(path):
     """{frame: (3,) mm} of a table with the columns frame, x, y, z."""
     targets = {}
     try:
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                frame = int(row["frame"])
-                position = [float(row[axis]) for axis in "xyz"]
-                targets[frame] = np.array(position)
+        rows = read_csv(path)
+        _, names = next(rows, (1, []))
+        columns = [names.index(name) for name in ("frame", "x", "y", "z")]
+        for line, fields in rows:
+            frame, *position = [fields[column] for column in columns]
+            targets[int(frame)] = np.array(position, dtype=np.float64)
+            if not np.isfinite(targets[int(frame)]).all():
+                raise ValueError(f"line {line} is not finite")
     except FileNotFoundError:
         raise FileNotFoundError(f"targets={path}: no such file") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"targets={path}: a table with the columns frame,x,y,z is expected ({error!r})") from error
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"targets={path}: a table with the columns frame,x,y,z is expected ({error})") from error
     return targets
 
 
@@ -78,11 +80,13 @@ def mean_error(a, b):
 def load(path):
     """Matrix and offset of a file that save() wrote."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = read_json(path)
         matrix = np.array(content["matrix"], dtype=np.float64).reshape(2, 2)
         offset = np.array(content["offset"], dtype=np.float64).reshape(2)
+        if not (np.isfinite(matrix).all() and np.isfinite(offset).all()):
+            raise ValueError("it holds values that are not finite")
     except FileNotFoundError:
         raise FileNotFoundError(f"calibration={path}: no such file; --targets makes one") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"calibration={path} is no file of --targets ({error})") from error
     return matrix, offset

@@ -15,6 +15,7 @@ Dimension key: n faces in a file, S side of a crop, B batch.
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m unigaze.data check …")
 
+import contextlib
 import math
 import os
 import random
@@ -35,6 +36,7 @@ from unigaze.normalise import arrow_on_crop, resize
 COLUMNS = ("face_patch", "face_gaze", "face_head_pose")
 XGAZE_CAMERAS = 18    # consecutive rows of an XGaze file that are one frame
 MAX_OPEN = 128        # files kept open per worker; 1,179 subjects of GazeCapture would meet the system's limit
+MAX_SIDE = 4096       # pixels of a crop; a larger one is a damaged header
 MAX_FAILURES = 100    # so many unreadable faces in a row mean a broken disk or mount, not a few bad sectors
 
 
@@ -223,37 +225,65 @@ def list_subjects(folder, split, name):
     return [folder / f"{subject}.h5" for subject in subjects]
 
 
-def open_file(path):
+@contextlib.contextmanager
+def damage_named(path):
+    """What h5py makes of damaged bytes becomes a FaceError that names the file."""
     try:
+        yield
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+        raise FaceError(f"{path}: cannot be read as HDF5, perhaps it was cut off ({error})") from error
+
+
+def open_file(path):
+    with damage_named(path):
         return h5py.File(path, "r", locking=False)   # read only; network disks often know no locks
-    except OSError as error:
-        raise FaceError(f"{path}: cannot be opened as HDF5, perhaps it was cut off ({error})") from error
 
 
 def inspect_file(path, labelled):
     """Number of faces in a file. FaceError if it holds none, or what no reader could use."""
-    with open_file(path) as file:
+    with damage_named(path), open_file(path) as file:
         if "face_patch" not in file:
             is_grouped = any(isinstance(value, h5py.Group) for value in file.values())
             hint = "groups of persons: convert it, python -m unigaze.convert gazecapture"
             raise FaceError(f"{path}: has no face_patch, only {hint if is_grouped else ', '.join(file) or 'nothing'}")
-        patch = file["face_patch"]
-        is_square = patch.ndim == 4 and patch.shape[1] == patch.shape[2] and patch.shape[3] == 3
-        if not is_square or patch.dtype != np.uint8:
-            raise FaceError(f"{path}: face_patch is {patch.dtype} of shape {patch.shape}, not uint8 (n, S, S, 3)")
-
-        n = len(patch)
         if labelled and "face_gaze" not in file:
             raise FaceError(f"{path}: has no face_gaze, so there is nothing to train or test on")
+        for name in COLUMNS:
+            if name in file:
+                check_column(file[name], path)
+
+        patch = file["face_patch"]
+        is_square = patch.ndim == 4 and 0 < patch.shape[1] == patch.shape[2] <= MAX_SIDE and patch.shape[3] == 3
+        if not is_square or patch.dtype != np.uint8:
+            raise FaceError(f"{path}: face_patch is {patch.dtype} of shape {patch.shape}, not uint8 (n, S, S, 3)")
+        n = len(patch)
         for name in ("face_gaze", "face_head_pose"):
-            if name in file and file[name].shape != (n, 2):
-                raise FaceError(f"{path}: {name} has shape {file[name].shape}, not ({n}, 2) as face_patch")
+            column = file.get(name)
+            if column is not None and (column.shape != (n, 2) or column.dtype.kind != "f"):
+                raise FaceError(f"{path}: {name} has shape {column.shape} of {column.dtype}, not floats ({n}, 2) as "
+                                "face_patch")
 
         # a sample of the labels: all of XGaze's would take minutes
         if labelled and n:
             rows = np.linspace(0, n - 1, 32).astype(int)
             check_angles(file["face_gaze"][np.unique(rows)], path)
         return n
+
+
+def check_column(column, path):
+    """FaceError unless it is a data set that was written to the end: HDF5 reads what was not as zeros."""
+    if not isinstance(column, h5py.Dataset):
+        raise FaceError(f"{path}: {column.name} is no data set")
+    if column.chunks:
+        n_chunks = 1
+        for length, chunk in zip(column.shape, column.chunks, strict=True):
+            n_chunks *= math.ceil(length / chunk)
+        n_written = column.id.get_num_chunks()
+    else:
+        n_chunks = min(column.size, 1)
+        n_written = min(column.id.get_storage_size(), 1)
+    if n_written < n_chunks:
+        raise FaceError(f"{path}: of the {n_chunks} chunks of {column.name} only {n_written} were written")
 
 
 def check_angles(gaze, path):
@@ -333,14 +363,12 @@ class Faces(torch.utils.data.Dataset):
         """Image (size, size, 3) RGB, gaze (2,) and head pose (2,) of one row of file `number`."""
         path = self.paths[number]
         angles = {"face_gaze": np.full(2, np.nan), "face_head_pose": np.full(2, np.nan)}
-        try:
+        with damage_named(f"{path}: face {row}"):
             columns = self.columns(number)
             image = columns["face_patch"][row]
             for name in angles:
                 if name in columns:
                     angles[name] = columns[name][row].astype(np.float32)
-        except (OSError, KeyError, RuntimeError) as error:   # what h5py makes of damaged bytes
-            raise FaceError(f"{path}: face {row} cannot be read ({error})") from error
 
         if self.labelled:
             check_angles(angles["face_gaze"], path)
@@ -421,7 +449,7 @@ def choose_rows(n, split, generator):
 
 def facing_rows(path, rows, head_limit):
     """Those rows of a file whose head is turned by less than head_limit degrees, pitch and yaw together (published)."""
-    with open_file(path) as file:
+    with damage_named(path), open_file(path) as file:
         if "face_head_pose" not in file:
             raise FaceError(f"{path}: has no face_head_pose, which limit_head_pose needs")
         head = file["face_head_pose"][:][rows]

@@ -16,10 +16,11 @@ someone who sees along g is the pitch and yaw of -g, so pitch > 0 looks up and y
 
 Dimension key: N points, P starts of a search, H/W source size, S side of the crop.
 """
-import json
 from pathlib import Path
 
 import numpy as np
+
+from lib.text import read_json
 
 FOCAL = 960.0            # of the virtual camera, in pixels
 DISTANCE = 600.0         # of the face in front of it, in mm
@@ -111,19 +112,21 @@ def load_face_model(path):
         raise FileNotFoundError(f"face_model={path}: no such file")
     try:
         if path.suffix == ".json":
-            points = json.loads(path.read_text())
+            points = read_json(path)
             if isinstance(points, dict):
                 points = points.get("model_50_mm")
             points = np.array(points, dtype=np.float64)
         else:
             points = np.loadtxt(path, dtype=np.float64)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"face_model={path}: not rows of x y z in mm ({error})") from error
 
     if points.shape == (50, 3):
         points = points[SIX_OF_50]
     if points.shape != (6, 3):
         raise ValueError(f"face_model={path}: {points.shape}, but 50 or 6 rows of x y z are expected")
+    if not np.isfinite(points).all():
+        raise ValueError(f"face_model={path} holds values that are not finite")
     return points
 
 
