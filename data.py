@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import warnings
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from concurrent.futures import ThreadPoolExecutor
 from itertools import dropwhile
 from pathlib import Path
@@ -151,10 +151,16 @@ def numbered_frames(packets, start=0, has_stamps=True, strict=False):
                 raise
             continue
         for frame in frames:
+            n_before = 0
+            n_until = 0  # its own stamp counted in
+            if frame.pts is not None:
+                n_before = bisect_left(stamps, frame.pts)
+                n_until = bisect_right(stamps, frame.pts)
+            if n_until > n_before:
+                if start + n_until <= number + 1:
+                    continue  # frames come in the order of their stamps: this one is damaged
+                number = max(number, start + n_before - 1)
             number += 1
-            rank = len(stamps) if frame.pts is None else bisect_left(stamps, frame.pts)
-            if rank < len(stamps) and stamps[rank] == frame.pts:
-                number = max(number, start + rank)
             yield number, frame
 
 
