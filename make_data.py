@@ -29,10 +29,10 @@ from lib import configurator
 from lib.run import launch
 from lib.video_out import VideoWriter
 
-# What happens in a toy clip. Most cameras stand still: then a new patch is worth a gaze only where something changed,
-# which is what the model has to find out.
-KINDS = {"static_camera": 0.65, "pan": 0.1, "still": 0.15, "cut": 0.1}
-P_APPEAR = 0.2  # share of moving sprites that appear or vanish in the middle of the clip
+# How the background of a toy clip changes. Where it stands still, a new patch is worth a gaze only where something
+# moved, which is what the model has to find out.
+KINDS = {"fixed": 0.4, "drifting": 0.45, "cut": 0.15}
+P_APPEAR = 0.2  # share of objects that appear or vanish in the middle of the clip
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -105,43 +105,29 @@ def check_even(cfg, *keys):
 # ----------------------------------------------------------------------------------------------------------------------
 # toy clips
 
-def texture(rng, h, w, sides, n_patches, rough, period):
-    """(h, w, 3) uint8: smooth colour, `rough` adds blotches, under hard-edged patterned patches with sides of `sides`
-    pixels and stripes or cells of about `period`. A coarse look tells most of a background, but not its patches."""
-    def noise(cells):
-        grid = rng.standard_normal((1, 3, cells, cells), dtype=np.float32)
-        smooth = F.interpolate(torch.from_numpy(grid), size=(h, w), mode="bicubic")
-        return smooth[0].permute(1, 2, 0).numpy()
-
-    image = rng.uniform(60, 195, 3) + 15 * noise(2) + rough * noise(5)
-    for _ in range(n_patches):
-        patch_h, patch_w = rng.integers(*sides, 2)
-        y = rng.integers(-patch_h // 2, h - patch_h // 2)
-        x = rng.integers(-patch_w // 2, w - patch_w // 2)
-        top = max(y, 0)
-        left = max(x, 0)
-        patch = image[top:y + patch_h, left:x + patch_w]  # a view: filled in place
-
-        shade = pattern(rng, *patch.shape[:2], patch_h, patch_w, period)
-        dark, light = rng.uniform(20, 235, (2, 3))
-        patch[:] = dark + shade[..., None] * (light - dark)
-    return image.clip(0, 255).astype(np.uint8)
+def smooth(rng, h, w, cells):
+    """(h, w, 3) float: random colours of spread 1 around 0 on a grid of cells x cells, and smooth between them."""
+    grid = rng.standard_normal((1, 3, cells, cells), dtype=np.float32)
+    colour = F.interpolate(torch.from_numpy(grid), size=(h, w), mode="bicubic")
+    return colour[0].permute(1, 2, 0).numpy()
 
 
-def pattern(rng, h, w, whole_h, whole_w, period):
-    """(h, w) in 0..1 of a patch that is whole_h x whole_w pixels, of which h x w lie inside of the picture."""
+def pattern(rng, h, w, period):
+    """(h, w, 3) float: stripes, a checkerboard or gravel of a dark and a light colour, `period` pixels wide each."""
     y, x = np.mgrid[:h, :w]
     stripe = max(2, round(period * rng.uniform(0.75, 1.25)))
-    kind = rng.choice(["plain", "stripes", "checker", "gravel"])
+    kind = rng.choice(["stripes", "checker", "gravel"])
     if kind == "stripes":
         angle = rng.uniform(0, math.pi)
-        return (y * math.sin(angle) + x * math.cos(angle)) // stripe % 2
-    if kind == "checker":
-        return (y // stripe + x // stripe) % 2
-    if kind == "gravel":  # cells of random shades between the two colours
-        cells = rng.random((whole_h // stripe + 1, whole_w // stripe + 1))
-        return cells[y // stripe, x // stripe]
-    return np.zeros((h, w))
+        shade = (y * math.sin(angle) + x * math.cos(angle)) // stripe % 2
+    elif kind == "checker":
+        shade = (y // stripe + x // stripe) % 2
+    else:  # cells of random shades between the two colours
+        cells = rng.random((h // stripe + 1, w // stripe + 1))
+        shade = cells[y // stripe, x // stripe]
+    dark = rng.uniform(0, 100, 3)
+    light = rng.uniform(150, 255, 3)
+    return dark + shade[..., None] * (light - dark)
 
 
 def bounce(start, speed, n, room):
@@ -170,56 +156,50 @@ def shape_mask(rng, h, w):
     return (abs(u) < wide) & (abs(v) < tall)
 
 
-def sprite(rng, cfg, n_frames, moving):
-    """An object: picture (h, w, 3), mask (h, w) bool, corner positions ys, xs (n_frames,), visible (n_frames,) bool."""
-    h = max(2, round(cfg.height * rng.uniform(1 / 4, 1 / 2)))
-    w = min(max(2, round(h * rng.uniform(0.6, 1.6))), cfg.width)
-    mask = shape_mask(rng, h, w)
+def sprite(rng, cfg, n_frames, large):
+    """An object: picture (h, w, 3), mask (h, w) bool, corner positions ys, xs (n_frames,), visible (n_frames,) bool.
+    Large ones have soft blotches, which patches of a middle scale show; small ones a pattern, which takes fine ones."""
+    share = rng.uniform(0.4, 0.7) if large else rng.uniform(0.16, 0.26)
+    h = max(2, round(cfg.height * share))
+    w = min(max(2, round(h * rng.uniform(0.7, 1.4))), cfg.width)
+    if large:
+        picture = rng.uniform(40, 215, 3) + 35 * smooth(rng, h, w, cells=3)
+    else:
+        picture = pattern(rng, h, w, period=cfg.height / 12)
 
     angle = rng.uniform(0, 2 * math.pi)
-    speed = cfg.height * rng.uniform(0.04, 0.12) * moving
+    moves = rng.random() < 0.7
+    speed = cfg.height * rng.uniform(0.04, 0.15) * moves
     room_y = cfg.height - h
     room_x = cfg.width - w
     ys = bounce(rng.uniform(0, room_y), speed * math.sin(angle), n_frames, room_y)
     xs = bounce(rng.uniform(0, room_x), speed * math.cos(angle), n_frames, room_x)
 
     visible = np.ones(n_frames, bool)
-    if moving and n_frames > 1 and rng.random() < P_APPEAR:
+    if n_frames > 1 and rng.random() < P_APPEAR:
         visible[:rng.integers(1, n_frames)] = False  # appears ...
         if rng.random() < 0.5:
             visible = ~visible  # ... or vanishes
-    picture = texture(rng, h, w, sides=(max(2, h // 3), h + 1), n_patches=3, rough=15, period=cfg.height / 6)
-    return picture, mask, ys, xs, visible
+    return picture.clip(0, 255), shape_mask(rng, h, w), ys, xs, visible
 
 
 def render_shot(rng, cfg, n_frames, kind):
     """(n_frames, height, width, 3) uint8 without a cut."""
-    height = cfg.height
-    width = cfg.width
-    sides = max(2, height // 7), max(3, height // 3 + 2)
-    n_patches = rng.integers(1, 5)
-    if kind == "pan":
-        # a window moves over a larger background
-        angle = rng.uniform(0, 2 * math.pi)
-        speed = rng.uniform(1, 4)
-        steps = np.arange(n_frames) * speed
-        dy = np.rint(steps * math.sin(angle)).astype(int)
-        dx = np.rint(steps * math.cos(angle)).astype(int)
-        dy -= dy.min()
-        dx -= dx.min()
-        wide = texture(rng, height + dy.max(), width + dx.max(), sides, n_patches, rough=0, period=height / 6)
-        frames = np.empty((n_frames, height, width, 3), np.uint8)
-        for t in range(n_frames):
-            frames[t] = wide[dy[t]:dy[t] + height, dx[t]:dx[t] + width]
-        n_sprites = rng.integers(0, 2)
-    else:
-        background = texture(rng, height, width, sides, n_patches, rough=0, period=height / 6)
-        frames = np.repeat(background[None], n_frames, 0)
-        n_sprites = rng.integers(1, 3)
+    # The background is so smooth that a patch of the coarsest scale shows all of it, yet has so many colours that a
+    # fine patch tells little beyond itself.
+    mean = rng.uniform(70, 185, 3)
+    colours = 50 * smooth(rng, cfg.height, cfg.width, cells=3)
+    frames = np.empty((n_frames, cfg.height, cfg.width, 3), np.uint8)
+    for t in range(n_frames):
+        frames[t] = (mean + colours).clip(0, 255)
+        if kind == "drifting":
+            colours = 0.3 * colours + 45 * smooth(rng, cfg.height, cfg.width, cells=3)
 
-    # later sprites are in front
-    for _ in range(n_sprites):
-        picture, mask, ys, xs, visible = sprite(rng, cfg, n_frames, moving=kind != "still")
+    # large objects, then small ones in front of them
+    n_large = rng.integers(1, 3)
+    n_small = rng.integers(0, 3)
+    for i in range(n_large + n_small):
+        picture, mask, ys, xs, visible = sprite(rng, cfg, n_frames, large=i < n_large)
         h, w = mask.shape
         for t in np.flatnonzero(visible):
             frames[t, ys[t]:ys[t] + h, xs[t]:xs[t] + w][mask] = picture[mask]
@@ -232,8 +212,8 @@ def render_clip(rng, cfg):
     if kind != "cut" or cfg.n_frames < 2:
         return render_shot(rng, cfg, cfg.n_frames, kind)
     t = rng.integers(1, cfg.n_frames)
-    before = render_shot(rng, cfg, t, "static_camera")
-    after = render_shot(rng, cfg, cfg.n_frames - t, "static_camera")
+    before = render_shot(rng, cfg, t, "fixed")
+    after = render_shot(rng, cfg, cfg.n_frames - t, "fixed")
     return np.concatenate([before, after])
 
 
