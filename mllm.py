@@ -3,13 +3,16 @@
     model = AutoModelForImageTextToText.from_pretrained("llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
     mllm = GazeMLLM(model, gaze)                                   # gaze: model.Gaze
     gazing = mllm.select(frames, gazing_ratio=0.1)                 # frames (T, 3, H, W) uint8
-    embeds = mllm.embed(frames, gazing, input_ids)                 # (1, L, D): the prompt with the gazed patches in it
+    tokens = mllm.tokens(frames, gazing)                           # of each frame (n_t, D)
+    embeds = mllm.embed(tokens, input_ids)                         # (1, L, D): the prompt with the tokens in it
     answer = mllm.generate(embeds, max_new_tokens=64)              # ids of the new tokens
 
-Three kinds of models, by how patches become tokens:
+Frames are encoded one by one, so a long video goes chunk by chunk through select() and tokens(), as in chat.py: what is
+kept of a chunk is what the language model reads. Three kinds of models, by how patches become tokens:
+
     one patch, one token      LLaVA, LLaVA-OneVision, PaliGemma with SigLIP: GazeMLLM, patches of several scales
-    s x s patches, one token  SmolVLM, Idefics3: GazeMLLM; Qwen2-VL, Qwen2.5-VL: generate_qwen. The union of all scales
-                              lies on the model's one grid; a token stays if any of its patches is gazed
+    s x s patches, one token  SmolVLM, Idefics3: GazeMLLM; Qwen-VL: mllm_qwen.py. The union of all scales lies on the
+                              model's one grid; a token stays if any of its patches is gazed
     nine gazes, one token     NVILA-HD-Video: gaze_for_nvila puts this gaze model into its processor, whose model then
                               does the rest; merge_neighbours is what its projector takes
 
@@ -17,9 +20,8 @@ These models (but NVILA) were trained on whole pictures of one scale and have ne
 for the user to measure. With every patch of the finest scale gazed, their output is that of the whole model.
 
 Dimension key: T frames, V patch ids per frame, N gaze slots, n_t tokens of frame t, L tokens of the prompt, D width of
-the language model, d width of the vision tower, h, w the tower's grid.
+the language model, d width of the vision tower, h, w the tower's grid, s patches along the side of a token.
 """
-import inspect
 from functools import partial
 
 import torch
@@ -31,7 +33,7 @@ from siglip import GazeSigLIP
 
 NVILA_RATIO = [0.2] + [0.06] * 15   # of the frames of a tile; recommended with its weights, as is the next
 NVILA_REQUIREMENT = 0.6
-NVILA_BATCH = 16                    # tiles at once in the gaze model
+NVILA_BATCH = 16                    # clips at once in the gaze model
 
 # ----------------------------------------------------------------------------------------------------------------------
 # models with a SigLIP tower
@@ -39,18 +41,16 @@ NVILA_BATCH = 16                    # tiles at once in the gaze model
 
 class GazeMLLM:
     """model: of transformers, for conditional generation; gaze: model.Gaze. The model's tower goes on as GazeSigLIP,
-    its projector and language model as they are; weights are shared, not copied.
+    its projector and language model as they are; weights are shared, not copied. The tower looks at the gaze model's
+    scales, in proportion to its own image size. ValueError: a model of another kind."""
 
-    scales: at which the tower looks at a frame, as many as the gaze model has; None: the gaze model's, in proportion to
-    the tower's image size. ValueError: a model of another kind."""
-
-    def __init__(self, model, gaze, scales=None):
+    def __init__(self, model, gaze):
         self.model = model
         self.gaze = gaze
         self.config = model.config
         self.kind = model.config.model_type
         inner = model.model
-        self.merge = 1                      # s: patches along the side of a token
+        self.merge = 1                      # s
         layer = -1
         norm = True
 
@@ -63,8 +63,8 @@ class GazeMLLM:
             self.project = inner.multi_modal_projector
         else:
             raise ValueError(f"model_type={self.kind}: GazeMLLM knows llava, llava_onevision, paligemma, smolvlm and "
-                             "idefics3; for qwen2_vl and qwen2_5_vl call generate_qwen, for NVILA gaze_for_nvila; for "
-                             "another one say here where its tower and projector are")
+                             "idefics3, mllm_qwen.GazeQwen Qwen-VL, gaze_for_nvila NVILA; for another model say "
+                             "here where its tower and projector are")
         if "llava" in self.kind:
             layer = self.config.vision_feature_layer  # of hidden_states, which are without the last norm
             norm = False
@@ -73,23 +73,18 @@ class GazeMLLM:
             raise ValueError(f"the vision tower, a {type(tower).__name__}, is no SigLIP whose one layer is read")
 
         # the tower's own image size is the finest scale
-        tower_config = self.config.vision_config
-        size = tower_config.image_size
-        p = tower_config.patch_size
-        if scales is None:
-            scales = []
-            for side in gaze.config.scale_list:
-                scales.append(max(p, side * size // gaze.config.image_size))
-        self.scales = scales
-        self.tower_scales = scales if self.merge == 1 else scales[-1:]
-        self.siglip = GazeSigLIP(tower, self.tower_scales, "bidirectional", frame_independent=True, layer=layer,
-                                 norm=norm)
-        self.size = self.siglip.scales[-1][0]
-        self.patch_size = p
+        size = self.config.vision_config.image_size
+        self.patch_size = self.config.vision_config.patch_size
+        self.scales = []
+        for side in gaze.config.scale_list:
+            self.scales.append(max(self.patch_size, side * size // gaze.config.image_size))
+        tower_scales = self.scales if self.merge == 1 else self.scales[-1:]
+        self.siglip = GazeSigLIP(tower, tower_scales, "bidirectional", frame_independent=True, layer=layer, norm=norm)
+        self.size = size
 
     @torch.no_grad()
     def select(self, frames, gazing_ratio=None, task_loss_requirement=None, batch_size=None):
-        """Choose patches: frames (T, 3, H, W) uint8, of which the centre square is seen -> a gazing for embed().
+        """Choose patches: frames (T, 3, H, W) uint8, of which the centre square is seen -> a gazing for tokens().
         batch_size: tiles at once in the gaze model, which bounds memory; other arguments as in Gaze.generate."""
         device = self.gaze.pos_embed.device
         clip = resize_crop(frames, self.size)
@@ -102,8 +97,7 @@ class GazeMLLM:
         """The gazing of all patches of the tokens in which something is gazed. Where a patch is a token: the same."""
         if self.merge == 1:
             return gazing
-        grids = GridsOf(self.scales, self.patch_size).grids
-        groups = merged_groups(gazing["gazing_mask"], self.siglip.grids[-1], self.merge, grids=grids)
+        groups = merged_groups(gazing["gazing_mask"], self.siglip.grids[-1], self.merge)
         return gaze_at_groups(groups, self.merge)
 
     @torch.no_grad()
@@ -133,10 +127,10 @@ class GazeMLLM:
         return tokens
 
     @torch.no_grad()
-    def embed(self, frames, gazing, input_ids):
-        """input_ids (1, L'): the prompt, with the model's image token once for the whole video or once for each frame.
-        Returns (1, L, D), the gazed patches' tokens in its place. ValueError: another number of image tokens."""
-        tokens = self.tokens(frames, gazing)
+    def embed(self, tokens, input_ids):
+        """tokens: list over frames of (n_t, D). input_ids (1, L'): the prompt, with the model's image token once for
+        the whole video or once for each frame. Returns (1, L, D), the tokens in its place. ValueError: another number
+        of image tokens."""
         ids = input_ids[0]
         places = (ids == self.config.image_token_id).nonzero().flatten().tolist()
         if len(places) == 1:
@@ -180,107 +174,6 @@ def put_embeds(embeds, module, args, kwargs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Qwen-VL: patches lie on one grid, merge x merge of them and frames in pairs are a token
-
-
-@torch.no_grad()
-def select_qwen(gaze, frames, model, grid_thw, gazing_ratio=None, task_loss_requirement=None, batch_size=None):
-    """Which tokens of a Qwen-VL's video to keep. frames (T, 3, H, W) uint8, whole; grid_thw: the processor's
-    video_grid_thw[0], (T / 2, h, w). Returns (T / 2, h / 2, w / 2) bool."""
-    vision = model.config.vision_config
-    h, w = int(grid_thw[1]), int(grid_thw[2])
-    finest = gaze.config.grids[-1][0]
-    grids = []
-    for side, _ in gaze.config.grids:
-        grids.append((max(1, h * side // finest), max(1, w * side // finest)))
-
-    p = gaze.config.patch_size
-    video = to_model_pixels(frames.to(gaze.pos_embed.device)).unsqueeze(0)
-    gazing = gaze.generate(video, gazing_ratio, task_loss_requirement, chunk=True, batch_size=batch_size,
-                           target_scales=[(rows * p, columns * p) for rows, columns in grids], target_patch_size=p)
-    return merged_groups(gazing["gazing_mask"], (h, w), vision.spatial_merge_size, vision.temporal_patch_size, grids)[0]
-
-
-@torch.no_grad()
-def generate_qwen(model, inputs, keep, **settings):
-    """Generate with some tokens of a video only. inputs: of the processor, for one prompt with one video; keep: of
-    select_qwen. The kept tokens stay at the positions that they have in the whole video.
-
-    Qwen2-VL under transformers 5 encodes the kept patches only. Qwen2.5-VL, whose tower attends in windows, and
-    transformers 4 encode all of them and then leave tokens out: the language model's work shrinks, the tower's not.
-    Returns ids (1, new tokens). ValueError: a prompt of another shape."""
-    inner = model.model
-    ids = inputs["input_ids"]
-    grid_thw = inputs["video_grid_thw"]
-    is_video = ids == model.config.video_token_id
-    keep = keep.flatten().to(ids.device)
-    if len(ids) != 1 or len(grid_thw) != 1 or int(is_video.sum()) != len(keep):
-        raise ValueError(f"expected one prompt with the {len(keep)} tokens of one video, got {tuple(ids.shape)} ids "
-                         f"with {int(is_video.sum())} video tokens of {len(grid_thw)} videos")
-
-    # positions of all tokens, of which the kept ones keep theirs; which arguments there are depends on the version
-    known = inspect.signature(inner.get_rope_index).parameters
-    arguments = {name: value for name, value in inputs.items() if name in known}
-    if "mm_token_type_ids" in known:
-        arguments["mm_token_type_ids"] = is_video.int() * 2
-    positions, _ = inner.get_rope_index(**arguments)                              # (3, 1, L)
-    stays = ~is_video[0]
-    stays[is_video[0]] = keep
-
-    features = encode_qwen(model, inputs["pixel_values_videos"], grid_thw, keep)  # (kept, D)
-    embeds = inner.get_input_embeddings()(ids)[:, stays]
-    embeds[:, is_video[0][stays]] = features.to(embeds.dtype)
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=ids.device)
-
-    # generate() would count positions: a hook puts in those of the prompt, then the ones behind its highest
-    prompt = positions[:, :, stays]
-    hook = inner.language_model.register_forward_pre_hook(partial(put_positions, prompt), with_kwargs=True)
-    try:
-        return model.generate(inputs_embeds=embeds, attention_mask=mask, **settings)
-    finally:
-        hook.remove()
-
-
-def put_positions(prompt, module, args, kwargs):
-    """Forward hook: prompt (3, 1, L) for the first pass; a later pass of one token is told where it would count."""
-    n_prompt = prompt.shape[2]
-    n_new = kwargs["inputs_embeds"].shape[1]
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # as it is called in transformers 5.24, and before
-    n_past = 0 if cache is None else cache.get_seq_length()
-    if n_past == 0:
-        positions = prompt
-        if n_new > n_prompt:  # without a cache every pass begins at the start
-            behind = prompt.max() + 1 + torch.arange(n_new - n_prompt, device=prompt.device)
-            positions = torch.cat([prompt, behind.expand(3, 1, -1)], dim=2)
-    else:
-        first = prompt.max() + 1 + n_past - n_prompt
-        positions = (first + torch.arange(n_new, device=prompt.device)).expand(3, 1, -1)
-    return args, kwargs | {"position_ids": positions}
-
-
-def encode_qwen(model, pixels, grid_thw, keep):
-    """pixels (T / 2 · h · w, …), the processor's rows of patches, group by group -> features (kept, D)."""
-    visual = model.model.visual
-    merge = model.config.vision_config.spatial_merge_size
-    pixels = pixels.to(visual.dtype)
-    try:
-        from transformers.vision_utils import get_vision_position_ids
-    except ImportError:
-        get_vision_position_ids = None
-    if get_vision_position_ids is None or model.config.model_type != "qwen2_vl":
-        out = visual(pixels, grid_thw=grid_thw)
-        out = out if isinstance(out, torch.Tensor) else out.pooler_output
-        return out[keep]
-
-    # the rows of kept groups, their places in the picture, and how many there are in each pair of frames
-    rows = keep.repeat_interleave(merge ** 2)
-    places = get_vision_position_ids(grid_thw, merge)[rows]
-    counts = rows.view(int(grid_thw[0, 0]), -1).sum(dim=1)
-    ends = F.pad(counts.cumsum(0), (1, 0)).unique().int()                         # a pair without any has no sequence
-    return visual(pixels[rows], grid_thw=grid_thw, position_ids=places, cu_seqlens=ends).pooler_output
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # NVILA-HD-Video
 
 
@@ -308,7 +201,7 @@ def gaze_for_nvila(processor, gaze, batch_size=NVILA_BATCH):
     """Let NVILA-HD-Video's processor choose patches with this gaze model, by its hook _get_gazing_info_from_videos.
 
     Scales, patch size, ratios and requirements are the processor's attributes, as from_pretrained sets them; without,
-    the recommended ones. Its model then merges and reads what is gazed. batch_size: tiles at once in the gaze model."""
+    the recommended ones. Its model then merges and reads what is gazed. batch_size: clips at once in the gaze model."""
     def hook(videos_inputs):
         info = {}
         recommended = {"tile": (NVILA_RATIO, NVILA_REQUIREMENT), "thumbnail": (1, None)}
@@ -343,7 +236,8 @@ def gaze_at_units(gaze, videos, part, ratio, requirement, processor, batch_size)
     else:
         parts = []
         for video in videos:
-            for units in video.split(batch_size):  # few at a time: a tile at the target size is large
+            # few at a time: 16 frames of a tile at the target size are large, and four clips of the gaze model
+            for units in video.split(max(1, batch_size // 4)):
                 units = units.to(gaze.pos_embed)
                 parts.append(gaze.generate(units, ratio, requirement, target_scales=sides, target_patch_size=p,
                                            batch_size=batch_size))

@@ -1,4 +1,5 @@
 """Gazes in front of language models: against the whole models of transformers, tiny and random."""
+import inspect
 import types
 from pathlib import Path
 
@@ -9,15 +10,8 @@ from conftest import tiny_gaze
 
 import chat
 from gazing import all_patches, check_gazing, from_heatmap, gaze_at_groups, merged_groups
-from mllm import (
-    GazeMLLM,
-    GridsOf,
-    encode_qwen,
-    gaze_for_nvila,
-    generate_qwen,
-    merge_neighbours,
-    select_qwen,
-)
+from mllm import GazeMLLM, GridsOf, gaze_for_nvila, merge_neighbours
+from mllm_qwen import GazeQwen
 from model import GazeConfig
 
 close = torch.testing.assert_close
@@ -108,7 +102,7 @@ def test_with_everything_gazed_the_answer_is_the_whole_models(tiny):
     inputs = picture_inputs(kind, frames) | types
     expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits
 
-    embeds = mllm.embed(frames, whole(mllm, 2), prompt(1))
+    embeds = mllm.embed(mllm.tokens(frames, whole(mllm, 2)), prompt(1))
     assert embeds.shape[1] == ids.shape[1]
     logits = model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **types).logits
     close(logits, expected, rtol=1e-4, atol=1e-5)
@@ -128,7 +122,7 @@ def test_fewer_gazes_are_fewer_tokens(tiny):
     assert all(0 < len(frame) < n_tokens for frame in tokens)
     if mllm.merge == 1:
         assert [len(frame) - newline for frame in tokens] == [1, 3]
-    embeds = mllm.embed(frames, gazing, prompt(1))
+    embeds = mllm.embed(tokens, prompt(1))
     assert embeds.shape == (1, prompt(1).shape[1] - 2 + sum(len(frame) for frame in tokens), 32)
     assert mllm.generate(embeds, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (1, 2)
 
@@ -137,14 +131,25 @@ def test_one_image_token_stands_for_the_whole_video():
     mllm = GazeMLLM(tiny_model("llava")[0], tiny_gaze())
     frames = tiny_frames(6)  # more than the gaze model's clips have
     gazing = mllm.select(frames, gazing_ratio=0.2)
-    embeds = mllm.embed(frames, gazing, torch.tensor([[1, IMAGE, 5]]))
+    tokens = mllm.tokens(frames, gazing)
+    embeds = mllm.embed(tokens, torch.tensor([[1, IMAGE, 5]]))
     assert embeds.shape[1] == 2 + int(gazing["num_gazing_each_frame"].sum())
     with pytest.raises(ValueError, match="2 times: write it once for the video, or once for each of its 6 frames"):
-        mllm.embed(frames, gazing, torch.tensor([[1, IMAGE, IMAGE, 5]]))
+        mllm.embed(tokens, torch.tensor([[1, IMAGE, IMAGE, 5]]))
+
+
+def test_chunks_of_a_video_give_the_tokens_of_the_whole():
+    mllm = GazeMLLM(tiny_model("llava")[0], tiny_gaze())
+    frames = tiny_frames(6)
+    tokens = mllm.tokens(frames, mllm.select(frames, gazing_ratio=0.2))
+    parts = []
+    for chunk in frames.split(4):  # as long as the gaze model's clips
+        parts += mllm.tokens(chunk, mllm.select(chunk, gazing_ratio=0.2))
+    close(tokens, parts, rtol=1e-5, atol=1e-6)
 
 
 def test_other_models_are_refused_by_name():
-    with pytest.raises(ValueError, match="model_type=qwen2_vl.*generate_qwen"):
+    with pytest.raises(ValueError, match="model_type=qwen2_vl.*GazeQwen"):
         GazeMLLM(tiny_qwen("qwen2_vl"), tiny_gaze())
 
 
@@ -164,6 +169,10 @@ def tiny_qwen(kind):
     if kind == "qwen2_vl":
         vision = dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=8)
         model = tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(vision_config=vision, text_config=text, **ids))
+    elif kind == "qwen3_vl":
+        vision = dict(depth=3, hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=32, patch_size=8,
+                      num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+        model = tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(vision_config=vision, text_config=text, **ids))
     else:
         vision = dict(depth=2, hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=32, patch_size=8,
                       window_size=32, fullatt_block_indexes=[1])
@@ -172,72 +181,107 @@ def tiny_qwen(kind):
     return model.eval().requires_grad_(False)
 
 
-def qwen_inputs(grid=(2, 4, 6)):
-    """As the processor makes them: two pairs of frames, 2 x 3 tokens each."""
-    t, h, w = grid
-    n_tokens = t * h * w // 4
-    ids = torch.tensor([[1, 5, 96] + [VIDEO] * n_tokens + [97, 6, 7]])
-    pixels = torch.randn(t * h * w, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(2))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels,
-              "video_grid_thw": torch.tensor([grid])}
-    return inputs
+def qwen_frames():
+    return tiny_frames(4, 48)[..., :32, :]
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+def qwen_prompt(kind):
+    """Of two pairs of frames with 2 x 3 tokens each; Qwen3-VL wants text between them."""
+    between = [97, 10, 96] if kind == "qwen3_vl" else []
+    return torch.tensor([[1, 5, 96] + [VIDEO] * 6 + between + [VIDEO] * 6 + [97, 6, 7]])
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def qwen(request):
-    return tiny_qwen(request.param)
+    return GazeQwen(tiny_qwen(request.param), tiny_gaze())
 
 
-def whole_answer(model, inputs, **settings):
-    import inspect
-    inputs = dict(inputs)
-    if "mm_token_type_ids" in inspect.signature(model.model.get_rope_index).parameters:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == VIDEO).int() * 2
-    return model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1]:]
+def whole_answer(qwen, ids, **settings):
+    rows, grid = qwen.patches(qwen_frames())
+    types = {}
+    if "mm_token_type_ids" in inspect.signature(qwen.model.model.get_rope_index).parameters:
+        types["mm_token_type_ids"] = (ids == VIDEO).int() * 2
+    return qwen.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=rows,
+                               video_grid_thw=grid, **types, **settings)[:, ids.shape[1]:]
 
 
 def test_qwen_with_all_tokens_kept_answers_as_the_whole_model(qwen):
-    inputs = qwen_inputs()
     settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
-    answer = generate_qwen(qwen, inputs, torch.ones(2, 2, 3, dtype=torch.bool), **settings)
-    assert answer.tolist() == whole_answer(qwen, inputs, **settings).tolist()
+    ids = qwen_prompt(qwen.kind)
+    keep = torch.ones(2, 2, 3, dtype=torch.bool)
+    answer = qwen.generate(qwen.tokens(qwen_frames(), keep), keep, ids, **settings)
+    assert answer.tolist() == whole_answer(qwen, ids, **settings).tolist()
 
 
 def test_kept_qwen_tokens_keep_their_positions(qwen):
     """Seen by the language model: positions of the whole video, and behind it those that its length asks for."""
     seen = []
-    hook = qwen.model.language_model.rotary_emb.register_forward_pre_hook(lambda _, args, kw: seen.append(
+    hook = qwen.model.model.language_model.rotary_emb.register_forward_pre_hook(lambda _, args, kw: seen.append(
         kw.get("position_ids", args[1] if len(args) > 1 else None)), with_kwargs=True)
     keep = torch.zeros(2, 2, 3, dtype=torch.bool)
-    keep[0, 1, 2] = keep[1, 0, 1] = True
-    answer = generate_qwen(qwen, qwen_inputs(), keep, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    keep[0, 1, 2] = keep[0, 0, 1] = True
+    tokens = qwen.tokens(qwen_frames(), keep)
+    answer = qwen.generate(tokens, keep, qwen_prompt(qwen.kind), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     hook.remove()
-    assert answer.shape == (1, 3)
+    assert len(tokens) == 2 and answer.shape == (1, 3)
     places = seen[0][:, 0]
-    assert places.shape == (3, 3 + 2 + 3)
+    n_text = int((qwen_prompt(qwen.kind) != VIDEO).sum())
+    assert places.shape == (3, n_text + 2)
     assert places[:, :3].tolist() == [[0, 1, 2]] * 3
-    assert places[1:, 3:5].tolist() == [[3 + 1, 3 + 0], [3 + 2, 3 + 1]]  # rows, columns
+    assert places[1:, 3:5].tolist() == [[3 + 0, 3 + 1], [3 + 1, 3 + 2]]  # rows, columns
     after = int(seen[1][0, 0, 0])
     assert after == int(places.max()) + 1 and int(seen[2][0, 0, 0]) == after + 1
 
 
-def test_qwen2_encodes_kept_patches_only():
-    """With a frame pair's tokens all kept, its features are those of the whole video: frames do not see each other."""
-    model = tiny_qwen("qwen2_vl")
-    inputs = qwen_inputs()
-    keep = torch.zeros(2, 6, dtype=torch.bool)
+def test_qwen_pairs_of_frames_are_encoded_by_themselves(qwen):
+    """So chunks give the tokens of the whole video, kept or not."""
+    frames = qwen_frames()
+    keep = torch.zeros(2, 2, 3, dtype=torch.bool)
     keep[1] = True
-    grid = inputs["video_grid_thw"]
-    part = encode_qwen(model, inputs["pixel_values_videos"], grid, keep.flatten())
-    every = encode_qwen(model, inputs["pixel_values_videos"], grid, torch.ones(12, dtype=torch.bool))
-    close(part, every[6:], rtol=1e-4, atol=1e-5)
+    every = qwen.tokens(frames, torch.ones_like(keep))
+    close(qwen.tokens(frames, keep), every[6:], rtol=1e-4, atol=1e-5)
+    close(qwen.tokens(frames[2:], keep[1:]), every[6:], rtol=1e-4, atol=1e-5)
+    close(qwen.tokens(frames[:3], keep[:2])[:, 0], qwen.tokens(frames[[0, 1, 2, 2]], keep)[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 encodes all patches")
+def test_qwen_towers_get_the_kept_patches_only(kind):
+    qwen = GazeQwen(tiny_qwen(kind), tiny_gaze())
+    sizes = []
+    qwen.model.model.visual.patch_embed.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    keep = torch.zeros(2, 2, 3, dtype=torch.bool)
+    keep[1, 1] = True
+    qwen.tokens(qwen_frames(), keep)
+    assert sizes == [3 * 4]
+
+
+def test_qwen_patches_are_those_of_its_image_processor():
+    from transformers import Qwen2VLImageProcessor
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+    except ImportError:
+        Processor = Qwen2VLImageProcessor
+    frames = qwen_frames()[:1]
+    processor = Processor(patch_size=8, merge_size=2, temporal_patch_size=2, do_resize=False)
+    expected = processor(frames[0].permute(1, 2, 0).numpy(), return_tensors="pt")
+    rows, grid = GazeQwen(tiny_qwen("qwen2_vl"), tiny_gaze()).patches(frames)
+    assert grid.tolist() == expected["image_grid_thw"].tolist() == [[1, 4, 6]]
+    close(rows, expected["pixel_values"], rtol=1e-4, atol=1e-4)
 
 
 def test_gazes_choose_qwen_tokens(qwen):
-    keep = select_qwen(tiny_gaze(), tiny_frames(4, 48), qwen, torch.tensor([2, 4, 6]), gazing_ratio=0.05)
+    frames = qwen_frames()
+    keep = qwen.select(frames, gazing_ratio=0.05)
     assert keep.shape == (2, 2, 3) and 0 < keep.sum() < 12
-    with pytest.raises(ValueError, match="5 tokens of one video"):
-        generate_qwen(qwen, qwen_inputs(), keep.flatten()[:5])
+    with pytest.raises(ValueError, match="the 6 tokens of the video, got .* with 12 video tokens"):
+        qwen.generate(qwen.tokens(frames, keep), keep[:1], qwen_prompt(qwen.kind))
+
+
+def test_large_frames_are_made_smaller_for_qwen():
+    qwen = GazeQwen(tiny_qwen("qwen2_vl"), tiny_gaze(), max_pixels=32 * 64)
+    assert qwen.resize(torch.zeros(1, 3, 100, 200, dtype=torch.uint8)).shape == (1, 3, 32, 64)
+    assert qwen.resize(torch.zeros(1, 3, 4, 30, dtype=torch.uint8)).shape == (1, 3, 16, 32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,5 +427,5 @@ def test_the_example_for_your_own_model_runs():
     ids = torch.tensor([[1, IMAGE, 5]])
     embeds = found["embed_video"](model, gaze, frames, ids, ratio=0.2)
     mllm = GazeMLLM(model, gaze)
-    close(embeds, mllm.embed(frames, mllm.select(frames, 0.2), ids))
+    close(embeds, mllm.embed(mllm.tokens(frames, mllm.select(frames, 0.2)), ids))
     assert model.generate(inputs_embeds=embeds, max_new_tokens=2, min_new_tokens=2).shape == (1, 2)
