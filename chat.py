@@ -4,15 +4,18 @@ r"""Ask a language model about a video of which it reads only the gazed patches.
     python chat.py --video=my.mp4 --question="What happens?" --ckpt=nvidia/AutoGaze \
         --model=HuggingFaceTB/SmolVLM2-500M-Video-Instruct
 
---model takes a hub id or folder of SmolVLM, Idefics3, LLaVA, LLaVA-OneVision or PaliGemma (mllm.py says how each reads
-gazes), --ckpt a gaze model. Frames are spread evenly over the video; their centre square is seen. Prints the answer,
-how many tokens were kept, and how long each part took: decode the video, select patches, encode them, prefill (the
-prompt's pass through the language model, up to the first new token), generate the rest.
+--model takes a hub id or folder of SmolVLM, Idefics3, LLaVA, LLaVA-OneVision, PaliGemma (mllm.py says how each reads
+gazes) or Qwen-VL (mllm_qwen.py), --ckpt a gaze model. Frames are spread evenly over the video; their centre square is
+seen, by a Qwen-VL all of them. Prints the answer, how many tokens were kept, and how long each part took: decode the
+video, select patches, encode them, prefill (the prompt's pass through the language model, up to the first new token),
+generate the rest.
 """
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +23,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import VideoError, count_frames, decode
+from data import VideoError, count_frames, decode, open_video, video_stream
 from lib import configurator, run
 from lib.weights import announce, is_hub_id
 from mllm import GazeMLLM
+from mllm_qwen import GazeQwen
 from model import Gaze, GazeConfig
 
 
@@ -37,6 +41,7 @@ class Config:
     gazing_ratio: float | None = 0.1   # share of the patch ids that each frame may take
     task_loss_requirement: float | None = None  # a frame is finished when its predicted loss falls to this
     max_new_tokens: int = 64           # of the answer
+    max_pixels: int = 448 * 448        # of a frame in a Qwen-VL, which sees it whole; other models have their own size
     batch_size: int = 16               # tiles at once in the gaze model
     device: str = "auto"               # auto | cpu | cuda | mps
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the language model
@@ -47,7 +52,7 @@ class Config:
         if self.model is not None and self.ckpt is None:
             raise ValueError("no gaze model given: write --ckpt=out/toy/grpo, or --ckpt=nvidia/AutoGaze (its licence "
                              "is for non-commercial research only)")
-        configurator.check_at_least(self, n_frames=1, max_new_tokens=2, batch_size=1)
+        configurator.check_at_least(self, n_frames=1, max_new_tokens=2, max_pixels=1, batch_size=1)
         if self.gazing_ratio is not None:
             configurator.check_share(self, "gazing_ratio")
 
@@ -77,14 +82,20 @@ def load_models(cfg):
         print("no --model: a tiny random one shows the flow. Its answer is noise")
         return (gaze if cfg.ckpt is None else Gaze.from_pretrained(cfg.ckpt)), model, None
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     if not Path(cfg.model).is_dir():
         if not is_hub_id(cfg.model):
             raise FileNotFoundError(f"model={cfg.model}: neither a folder nor a hub id")
         announce(cfg.model)
     gaze = Gaze.from_pretrained(cfg.ckpt)
     model = AutoModelForImageTextToText.from_pretrained(cfg.model, torch_dtype=getattr(torch, cfg.dtype))
+    if is_qwen(model):  # its processor needs torchvision for videos, and nothing of it is used here
+        return gaze, model, AutoTokenizer.from_pretrained(cfg.model)
     return gaze, model, AutoProcessor.from_pretrained(cfg.model)
+
+
+def is_qwen(model):
+    return model.config.model_type.startswith("qwen")
 
 
 def to_ids(question, model, processor):
@@ -105,25 +116,57 @@ def to_ids(question, model, processor):
     return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
 
+def to_qwen_ids(question, model, tokenizer, keep, times):
+    """The prompt (1, L') with a video token for each place of keep (pairs, h, w); times: seconds of the frames."""
+    c = model.config
+    names = [c.vision_start_token_id, c.video_token_id, c.vision_end_token_id]
+    start, token, end = tokenizer.convert_ids_to_tokens(names)
+    n_pairs = len(keep)
+    if c.model_type == "qwen3_vl":  # reads when each pair was seen, in the middle of it
+        n_tokens = keep[0].numel()
+        video = ""
+        for t in range(n_pairs):
+            seconds = (times[2 * t] + times[min(2 * t + 1, len(times) - 1)]) / 2
+            video += f"<{seconds:.1f} seconds>{start}{token * n_tokens}{end}"
+    else:
+        video = start + token * keep.numel() + end
+    text = tokenizer.apply_chat_template([{"role": "user", "content": video + question}], add_generation_prompt=True,
+                                         tokenize=False)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the parts and their times
 
 
-def read_spread(path, n_frames):
-    """n_frames frames spread evenly over a video, or all of a shorter one -> (T, 3, H, W) uint8."""
+def spread(path, n_frames):
+    """Indices of n_frames frames spread evenly over a video, or of all of a shorter one; and when they show, in seconds
+    by the average frame rate."""
     last = count_frames(path) - 1
-    wanted = set(np.linspace(0, last, n_frames).round().astype(int).tolist())
-    frames = []
-    for _, image in tqdm(decode(path, wanted), total=len(wanted), desc="decode", unit="frame", leave=False):
-        frames.append(torch.from_numpy(np.ascontiguousarray(image)))
-    return torch.stack(frames).permute(0, 3, 1, 2)
+    indices = sorted(set(np.linspace(0, last, n_frames).round().astype(int).tolist()))
+    with open_video(path) as container:
+        rate = video_stream(container, path).average_rate or 25
+    return indices, [i / float(rate) for i in indices]
+
+
+def chunks(path, indices, n, seconds, device):
+    """Yield the frames at these indices, n at a time: (up to n, 3, H, W) uint8."""
+    images = decode(path, set(indices))
+    with tqdm(total=len(indices), desc="frames", unit="frame", leave=False) as bar:
+        while True:
+            with timed(seconds, "decode", device):
+                frames = [torch.from_numpy(np.ascontiguousarray(image)) for _, image in islice(images, n)]
+            if not frames:
+                return
+            yield torch.stack(frames).permute(0, 3, 1, 2)
+            bar.update(len(frames))
 
 
 @contextmanager
 def timed(seconds, part, device):
     start = run.now(device)
     yield
-    seconds[part] = run.now(device) - start
+    seconds[part] = seconds.get(part, 0) + run.now(device) - start
 
 
 class Clock:
@@ -143,21 +186,31 @@ class Clock:
         print(file=sys.stderr)
 
 
-@torch.no_grad()
-def ask(mllm, frames, ids, cfg, device, seconds):
-    """Select, encode, generate. Returns (new ids, length of the prompt, number of tokens of the video)."""
-    with timed(seconds, "select", device):
-        gazing = mllm.select(frames, cfg.gazing_ratio, cfg.task_loss_requirement, cfg.batch_size)
-    with timed(seconds, "encode", device):
-        embeds = mllm.embed(frames, gazing, ids.to(device))
+def look(mllm, video, indices, cfg, device, seconds):
+    """Select and encode, chunk by chunk, so that of a long video only tokens are kept. Returns two lists: what tokens()
+    and what select() return, frame by frame or token by token, and chunk by chunk."""
+    n = mllm.gaze.config.max_num_frames
+    n += n % 2  # pairs of frames
+    chosen = []
+    tokens = []
+    for frames in chunks(video, indices, n, seconds, device):
+        with timed(seconds, "select", device):
+            chosen.append(mllm.select(frames, cfg.gazing_ratio, cfg.task_loss_requirement, cfg.batch_size))
+        with timed(seconds, "encode", device):
+            tokens += mllm.tokens(frames, chosen[-1])
+    return tokens, chosen
 
+
+@torch.no_grad()
+def answer(generate, cfg, device, seconds):
+    """generate(**settings) of the language model -> ids of the answer."""
     clock = Clock()
     start = run.now(device)
-    answer = mllm.generate(embeds, max_new_tokens=cfg.max_new_tokens, do_sample=False, streamer=clock)
+    ids = generate(max_new_tokens=cfg.max_new_tokens, do_sample=False, streamer=clock)
     end = run.now(device)
     seconds["prefill"] = clock.first - start
     seconds["generate"] = end - clock.first
-    return answer[0], embeds.shape[1], embeds.shape[1] - ids.shape[1] + 1
+    return ids[0]
 
 
 def main():
@@ -166,24 +219,43 @@ def main():
     if not Path(cfg.video).is_file():
         raise FileNotFoundError(f"video={cfg.video}: no such file")
     gaze, model, processor = load_models(cfg)
-    mllm = GazeMLLM(model.eval().to(device), gaze.eval().to(device))
-
+    gaze.eval().to(device)
+    model.eval().to(device)
+    indices, times = spread(cfg.video, cfg.n_frames)
     seconds = {}
-    with timed(seconds, "decode", device):
-        frames = read_spread(cfg.video, cfg.n_frames)
-    ids = to_ids(cfg.question, model, processor)
-    answer, n_prompt, n_video = ask(mllm, frames, ids, cfg, device, seconds)
 
-    rows, columns = mllm.siglip.grids[-1]
-    n_all = len(frames) * rows * columns // mllm.merge ** 2
-    print(f"{len(frames)} frames at {mllm.size} px: {n_video} tokens in place of {n_all}, the prompt has {n_prompt}")
+    if is_qwen(model):
+        mllm = GazeQwen(model, gaze, cfg.max_pixels)
+        tokens, keep = look(mllm, cfg.video, indices, cfg, device, seconds)
+        tokens = torch.stack(tokens)
+        keep = torch.cat(keep)
+        ids = to_qwen_ids(cfg.question, model, processor, keep, times).to(device)
+        step = (times[-1] - times[0]) / max(1, len(times) - 1)
+        new_ids = answer(partial(mllm.generate, tokens, keep, ids, 2 * step), cfg, device, seconds)
+        n_all = keep.numel()
+        n_video = len(tokens)
+        n_prompt = ids.shape[1] - n_all + n_video
+        tokenizer = processor
+    else:
+        mllm = GazeMLLM(model, gaze)
+        tokens, _ = look(mllm, cfg.video, indices, cfg, device, seconds)
+        ids = to_ids(cfg.question, model, processor).to(device)
+        embeds = mllm.embed(tokens, ids)
+        new_ids = answer(partial(mllm.generate, embeds), cfg, device, seconds)
+        rows, columns = mllm.siglip.grids[-1]
+        n_all = len(tokens) * rows * columns // mllm.merge ** 2
+        n_video = sum(len(frame) for frame in tokens)
+        n_prompt = embeds.shape[1]
+        tokenizer = None if processor is None else processor.tokenizer
+
+    print(f"{len(indices)} frames: {n_video} tokens in place of {n_all}, the prompt has {n_prompt}")
     for part, spent in seconds.items():
         print(f"{part:10}{spent:9.3f} s")
-    print(f"{len(answer)} tokens, {len(answer) / (seconds['prefill'] + seconds['generate']):.1f} a second")
-    if processor is None:
-        print(f"answer: {bytes(i for i in answer.tolist() if i < 256)!r}")
+    print(f"{len(new_ids)} tokens, {len(new_ids) / (seconds['prefill'] + seconds['generate']):.1f} a second")
+    if tokenizer is None:
+        print(f"answer: {bytes(i for i in new_ids.tolist() if i < 256)!r}")
     else:
-        print(f"answer: {processor.tokenizer.decode(answer, skip_special_tokens=True)}")
+        print(f"answer: {tokenizer.decode(new_ids, skip_special_tokens=True)}")
 
 
 if __name__ == "__main__":

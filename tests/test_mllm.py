@@ -290,10 +290,11 @@ def test_large_frames_are_made_smaller_for_qwen():
 LAYOUTS = [([56, 112, 224, 448], 16, 1038), ([56, 112, 196, 392], 14, 1060)]
 
 
-def tiny_nvila(sides, patch_size, **settings):
+def tiny_nvila(sides, patch_size, max_num_frames=2, num_multi_token_pred=3, **settings):
     """What is read of the processor; and a gaze model of the published scales."""
     processor = types.SimpleNamespace(target_scales=sides, target_patch_size=patch_size, **settings)
-    gaze = tiny_gaze(scales="32+64+112+224", patch_size=16, hidden_size=16, num_layers=1, num_heads=2, max_num_frames=2)
+    gaze = tiny_gaze(scales="32+64+112+224", patch_size=16, hidden_size=16, num_layers=1, num_heads=2,
+                     max_num_frames=max_num_frames, num_multi_token_pred=num_multi_token_pred)
     return gaze_for_nvila(processor, gaze), gaze
 
 
@@ -328,6 +329,31 @@ def test_nvila_layouts(sides, patch_size, n_ids):
     assert info["gazing_pos_thumbnails"][1].tolist() == [list(range(n_ids))]
 
 
+@pytest.mark.parametrize("sides, patch_size, n_ids", LAYOUTS)
+def test_nvila_tiles_of_16_frames(sides, patch_size, n_ids):
+    """With the recommended settings, every field as the model takes it."""
+    processor, gaze = tiny_nvila(sides, patch_size, max_num_frames=16, num_multi_token_pred=10)
+    tiles = torch.randn(2, 16, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    thumbnails = tiles[0, :3, None]
+    info = processor._get_gazing_info_from_videos({
+        "pixel_values_videos_tiles_autogaze": [tiles], "pixel_values_videos_thumbnails": [thumbnails]})
+    fields = {name: value[0] for name, value in info.items()}
+    counts = fields["num_gazing_each_frame_tiles"]
+    N = int(counts[0].sum())
+    assert counts.shape == (2, 16) and counts.dtype == torch.int64 and counts[0].equal(counts[1])
+    assert fields["gazing_pos_tiles"].shape == (2, N) and fields["gazing_pos_tiles"].dtype == torch.int64
+    assert fields["if_padded_gazing_tiles"].shape == (2, N) and fields["if_padded_gazing_tiles"].dtype == torch.bool
+
+    # ids count on from frame to frame
+    frame = torch.arange(16).repeat_interleave(counts[0])
+    real = ~fields["if_padded_gazing_tiles"]
+    assert (fields["gazing_pos_tiles"] // n_ids == frame)[real].all()
+
+    assert fields["gazing_pos_thumbnails"].shape == (3, n_ids)
+    assert fields["num_gazing_each_frame_thumbnails"].tolist() == [[n_ids]] * 3
+    assert not fields["if_padded_gazing_thumbnails"].any()
+
+
 def test_nine_neighbours_in_id_order_are_one_token():
     config = GazeConfig(scales="16+32", patch_size=8)
     heat = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -354,9 +380,51 @@ def test_chat_shows_the_flow_without_a_download(toy, capsys, monkeypatch):
     chat.main()
     out = capsys.readouterr().out
     assert "a tiny random one shows the flow. Its answer is noise" in out
-    assert "3 frames at 224 px" in out and "tokens in place of 588" in out
+    assert "3 frames: " in out and "tokens in place of 588" in out
     for part in ("decode", "select", "encode", "prefill", "generate"):
         assert f"{part} " in out
+
+
+def tiny_tokenizer(folder):
+    """One that knows bytes and Qwen's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:80]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, [], unk_token=alphabet[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    filler = [f"<{i}>" for i in range(len(alphabet), 96)]
+    names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]  # ids 96 to 99
+    tokenizer.add_special_tokens({"additional_special_tokens": filler + names})
+    tokenizer.chat_template = "{% for m in messages %}user {{ m['content'] }}{% endfor %} assistant"
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_chat_with_a_qwen(kind, toy, tmp_path, capsys, monkeypatch):
+    tiny_qwen(kind).save_pretrained(tmp_path / "qwen")
+    tiny_tokenizer(tmp_path / "qwen")
+    tiny_gaze().save_pretrained(tmp_path / "gaze")
+    video = sorted((toy / "val").iterdir())[0]  # 32 x 48 pixels
+    arguments = [f"--video={video}", f"--model={tmp_path / 'qwen'}", f"--ckpt={tmp_path / 'gaze'}", "--n_frames=3"]
+    monkeypatch.setattr("sys.argv", ["chat.py", *arguments, "--max_new_tokens=4", "--gazing_ratio=0.05"])
+    chat.main()
+    out = capsys.readouterr().out
+    assert "3 frames: " in out and "tokens in place of 12, the prompt has" in out
+    assert "answer: " in out and "prefill " in out
+
+
+def test_qwen3_reads_when_frames_were_seen(tmp_path):
+    from transformers import AutoTokenizer
+    tiny_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    keep = torch.ones(2, 1, 2, dtype=torch.bool)
+    ids = chat.to_qwen_ids("A?", tiny_qwen("qwen3_vl"), tokenizer, keep, [0.0, 0.5, 1.0])
+    marks = [i for i in ids[0].tolist() if i >= 96]
+    assert marks == [96, VIDEO, VIDEO, 97] * 2
+    ids = chat.to_qwen_ids("A?", tiny_qwen("qwen2_vl"), tokenizer, keep, [0.0, 0.5, 1.0])
+    assert [i for i in ids[0].tolist() if i >= 96] == [96, *[VIDEO] * 4, 97]
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -122,10 +122,13 @@ def test_all_patches_of_an_image_are_plain_siglip():
 @pytest.mark.parametrize("layer", [0, 1, -3, -2, -1])
 def test_features_of_a_layer_are_transformers_hidden_states(layer):
     """layer=-2, norm=False is what NVILA's projector takes."""
+    from transformers import SiglipVisionModel
     vit = tiny_vit(32, 8, "32", enlarged=1, frame_independent=True, layer=layer, norm=False)
     video = normal_video(2, 3)
     out = vit(video, all_patches(vit, 2, 3))
-    states = vit.network(video.flatten(0, 1), output_hidden_states=True).hidden_states[layer]
+    whole = SiglipVisionModel(vit.network.config).eval()
+    getattr(whole, "vision_model", whole).load_state_dict(vit.network.state_dict())
+    states = whole(video.flatten(0, 1), output_hidden_states=True).hidden_states[layer]
     close(out, states.reshape(out.shape), rtol=1e-5, atol=1e-5)
 
 
