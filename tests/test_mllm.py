@@ -1,5 +1,6 @@
 """Gazes in front of language models: against the whole models of transformers, tiny and random."""
 import inspect
+import os
 import types
 from pathlib import Path
 
@@ -497,3 +498,19 @@ def test_the_example_for_your_own_model_runs():
     mllm = GazeMLLM(model, gaze)
     close(embeds, mllm.embed(mllm.tokens(frames, mllm.select(frames, 0.2)), ids))
     assert model.generate(inputs_embeds=embeds, max_new_tokens=2, min_new_tokens=2).shape == (1, 2)
+
+
+@pytest.mark.skipif("GAZE_CLIPS" not in os.environ, reason="torch.export takes seconds, as real clips do")
+def test_the_exported_decoding_step_agrees_with_the_model():
+    page = (Path(__file__).parent.parent / "docs" / "mllm.md").read_text()
+    code = page.split("## Export")[1].split("```python\n")[1].split("```")[0]
+    gaze = tiny_gaze(num_layers=1).eval().requires_grad_(False)
+    ids = torch.tensor([[3, 7, 11]])
+    shape = gaze.stream(gazing_ratio=0.1).cache.shape
+    cache = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = {"torch": torch, "gaze": gaze, "ids": ids, "cache": cache}
+    exec(code, found)
+    with torch.no_grad():
+        expected = found["Step"](gaze, 20)(ids, cache)
+    close(found["program"].module()(ids, cache), expected)
+    assert not expected[2].equal(cache)
