@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lib import run
+from lib.weights import is_plain
 
 
 @contextlib.contextmanager
@@ -125,8 +126,8 @@ def load_state(out, cfg, world, fixed):
     # settings then and now
     was = state["config"]
     now = asdict(cfg) | {"processes": world}
-    changed = {key for key in now if key in was and now[key] != was[key]} - MAY_CHANGE
-    listed = ", ".join(f"{key}={now[key]!r} (was {was[key]!r})" for key in sorted(changed))
+    changed = {key for key in now if now[key] != was.get(key)} - MAY_CHANGE
+    listed = ", ".join(f"{key}={now[key]!r} (was {was.get(key)!r})" for key in sorted(changed))
     if changed & set(fixed):
         raise ValueError(f"{path} was made with other settings: {listed}. Use those, or start anew from its weights "
                          "with init_from=FOLDER")
@@ -150,10 +151,21 @@ def check_entries(state, path):
         wrong.append(f"step is {state['step']}")
     if not wrong and math.isnan(state["best"]):
         wrong.append("best is NaN")
-    if not wrong and not all(isinstance(tensor, torch.Tensor) for tensor in state["model"].values()):
+    if not wrong and not all(map(is_plain, state["model"].values())):
         wrong.append("model holds something else than tensors")
+    if not wrong and not all(is_plain(t) and t.is_floating_point() for t in tensors_in(state["optimizer"])):
+        wrong.append("optimizer holds tensors of another kind")
     if wrong:
         raise ValueError(f"{path} is not a checkpoint of this script: {', '.join(wrong)}")
+
+
+def tensors_in(content):
+    """All tensors in dicts and lists, however deep."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(value)
 
 
 def keep_best(module, out, loss, best, rank):

@@ -83,7 +83,10 @@ def load(cls, argv, verbose=None):
         if hasattr(cfg, "check"):
             cfg.check()
     except ValueError as e:
-        raise ConfigError(str(e)) from e
+        # where the settings stand that it is about
+        sources = [source for key, (_, source) in chosen.items() if re.search(rf"\b{key}\b", str(e))]
+        where = f" ({', '.join(dict.fromkeys(sources))})" if sources else ""
+        raise ConfigError(f"{e}{where}") from e
 
     if verbose or verbose is None and os.environ.get("RANK", "0") == "0":
         for key, (value, source) in chosen.items():

@@ -249,19 +249,21 @@ def restore(optimizer, scaler, resumed, cfg):
 
 
 def load_optimizer(optimizer, state, path):
-    """Take an optimizer up where its state_dict() was written; rates and decays stay those of this run. ValueError
-    names the file if the state does not fit, which torch notices at the first step, or never."""
-    parts = getattr(optimizer, "parts", [optimizer])
+    """Take an optimizer up where its state_dict() was written; settings that no schedule changes stay those of this
+    run. ValueError names the file if the state does not fit, which torch notices at the first step, or never."""
     settings = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
-        for part in parts:
+        for part in getattr(optimizer, "parts", [optimizer]):
             check_states(part)
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            scheduled = {key: group[key] for key in ("lr", "betas") if key in own}
+            if not torch.tensor(scheduled.get("betas", (0, 0)) + (scheduled["lr"],)).isfinite().all():
+                raise ValueError(f"it has {scheduled}")
+            group.update(own | scheduled)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of this script, or of one with another optimizer or dtype "
                          f"({type(error).__name__}: {error})") from error
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
 
 
 def check_states(optimizer):

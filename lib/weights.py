@@ -39,12 +39,20 @@ def read_tensors(file, part=None):
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # old: no zip
         if isinstance(tensors, dict) and part in tensors:
             tensors = tensors[part]
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        if not isinstance(tensors, dict) or not all(map(is_plain, tensors.values())):
             raise TypeError("it holds no dict of tensors, as a module's state_dict() is")
         return tensors
     except Exception as error:  # of many kinds: safetensors', pickle's, zip's
         raise ValueError(f"{file} is cut off or no file of weights: copy it again, or save a state_dict() there "
                          f"({type(error).__name__}: {error})") from error
+
+
+def is_plain(value):
+    """Whether a value from a file is a tensor with all its numbers: not sparse, not without data, and not one number
+    spread over a shape that memory cannot hold."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def save_folder(folder, tensors, config):

@@ -34,6 +34,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script finds what lies beside it only
 
+import fuzz_runs
+
 import data
 import lib.labels
 import unigaze.data
@@ -138,6 +140,8 @@ def change_columns(path, draw):
 def damage(path, draw):
     if path.suffix == ".h5" and draw.random() < 0.5:
         change_columns(path, draw)
+    elif path.suffix in (".safetensors", ".pt", ".pth", ".tar") and draw.random() < 0.7:
+        fuzz_runs.change_tensors(path, draw)
     elif path.suffix in (".json", ".csv", ".txt", ".py") and draw.random() < 0.85:
         path.write_bytes(change_text(path.read_bytes(), draw))
     else:
@@ -314,7 +318,7 @@ KINDS = {
     "tables": (write_tables, read_tables),
     "faces": (write_faces, read_faces),
     "small": (write_small, read_small),
-}
+} | fuzz_runs.KINDS
 
 # ----------------------------------------------------------------------------------------------------------------------
 # reading in bounds

@@ -1,14 +1,11 @@
 """train_grpo.py with rollouts drawn clip by clip, from seeds that only the clip and the step give: then any number of
-processes and micro-batches sees the same rollouts. Run as a script by test_training.py."""
-import sys
+processes and micro-batches sees the same rollouts."""
 import zlib
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_grpo  # noqa: E402
-from gazing import join_clips, one_clip, to_masks  # noqa: E402
+import train_grpo
+from gazing import join_clips, one_clip, to_masks
 
 original = train_grpo.roll_out
 
@@ -23,6 +20,6 @@ def roll_out(gaze, video, cfg, step, temperature):
     return gazing | {"gazing_mask": to_masks(gazing, gaze.config.ids_per_scale)}
 
 
-if __name__ == "__main__":
+def main():
     train_grpo.roll_out = roll_out
     train_grpo.main()

@@ -182,13 +182,14 @@ def resume(folder, toy, *args, text=None, **entries):
          f"--out_dir={folder}")
 
 
-def optimizer_without_an_entry(folder, toy):
+def changed_optimizer(folder, change):
+    """Resume with Adam's state after a step, of which something was changed."""
     module = torch.nn.Linear(2, 2)
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.ones(2)).sum().backward()
     optimizer.step()
     state = optimizer.state_dict()
-    del state["state"][1]["exp_avg"]
+    change(state)
     cfg = train_ntp.Config(out_dir=str(folder), dtype="float32")
     run.prepare(module, optimizer, cfg, 1, torch.device("cpu"), {"optimizer": state, "scaler": {}})
 
@@ -275,9 +276,22 @@ def damaged_config(folder, make, change):
        f"last.pt is not a checkpoint of this script: {says}") for name, value, says in (
         *((name, None, f"{name} is missing") for name in ("step", "best", "model", "optimizer", "scaler", "config")),
         ("step", "7", "step is no int"), ("best", [1], "best is no float"), ("model", [], "model is no dict"),
-        ("step", -1, "step is -1"), ("model", {"a": 1}, "model holds something else than tensors"))),
+        ("step", -1, "step is -1"), ("step", True, "step is no int"), ("best", math.nan, "best is NaN"),
+        ("model", {"a": torch.zeros(1).to_sparse()}, "model holds something"),
+        ("model", {"a": torch.zeros(1).expand(10 ** 12)}, "model holds something"),
+        ("optimizer", {"state": [torch.zeros(1, device="meta")]}, "optimizer holds tensors of another kind"),
+        ("model", {"a": 1}, "model holds something else than tensors"))),
     (lambda f, toy: resume(f, toy, model={"a": torch.ones(1)}), ValueError, "last.pt and config.json do not fit"),
-    (optimizer_without_an_entry, ValueError, "last.pt is not a checkpoint of this script.*exp_avg.*missing"),
+    *((lambda f, toy, change=change: changed_optimizer(f, change), ValueError,
+       f"last.pt is not a checkpoint of this script.*{says}") for change, says in (
+        (lambda state: state["state"][1].pop("exp_avg"), "exp_avg.*missing"),
+        (lambda state: state["state"].pop(1), "exp_avg.*missing"),
+        (lambda state: state["state"][0]["exp_avg"].resize_(1), r"exp_avg is \(1,\), its weight \(2, 2\)"),
+        (lambda state: state["state"][0]["exp_avg"].fill_(math.nan), "exp_avg holds NaN"),
+        (lambda state: state["param_groups"][0].pop("lr"), "lr"),
+        (lambda state: state["param_groups"][0].update(lr="x"), "TypeError"),
+        (lambda state: state.pop("param_groups"), "param_groups"))),
+    (lambda f, toy: resume(f, toy, "--steps=1", step=7), ValueError, "checkpoint is of step 7, this run ends at 1"),
     (lambda f, toy: call(train_ntp, *SIZES, f"--init_from={f}"), FileNotFoundError, "has no config.json"),
     (wrong_prefix, ValueError, "videomae.pt and the config do not fit: missing vit.embeddings.cls_token"),
     *((pickled(name, {"a": torch.zeros(1000)}, share), ValueError, f"{name} is cut off or no file of weights: copy it")

@@ -16,6 +16,7 @@ import rollouts_per_clip
 import torch
 from conftest import normal_video, tiny_gaze
 from safetensors.torch import save_file
+from two_processes import two_processes
 
 import train_grpo
 import train_ntp
@@ -566,19 +567,22 @@ def test_killed_while_a_checkpoint_is_written(run, stages, toy, tmp_path):
     assert_same_run(tmp_path)
 
 
-STEPS = ["--steps=20", "--batch_size=8", "--val_every=20", "--save_every=20", "--val_clips=2", "--optimizer=sgd"]
+STEPS = ["--steps=20", "--batch_size=8", "--val_every=20", "--save_every=20", "--val_clips=2"]
 
 
-@pytest.mark.parametrize("script, args", [(train_ntp, [*NTP, "--lr=0.02"]), (train_grpo, [*GRPO, "--lr=0.01"])])
+@pytest.mark.parametrize("script, args", [
+    (train_ntp, [*NTP, "--optimizer=sgd", "--lr=0.02"]), (train_ntp, [*NTP, "--optimizer=muon"]),
+    (train_grpo, [*GRPO, "--optimizer=sgd", "--lr=0.01"])])
 def test_one_process_two_processes_and_accumulation_train_alike(run, stages, toy, tmp_path, monkeypatch, script, args):
-    """Losses of 20 steps with batch 8, 4 + 4 and 2 x 4. SGD, as Adam hides a wrong scale of gradients."""
+    """Losses of 20 steps with batch 8, 4 + 4 and 2 x 4. With SGD, as Adam hides a wrong scale of gradients, and with
+    Muon, which in bfloat16 made more of the order of sums."""
     monkeypatch.setattr(train_grpo, "roll_out", rollouts_per_clip.roll_out)
     for name, micro in (("one", 8), ("accumulated", 4)):
         run(script, [*args, *STEPS, f"--micro_batch={micro}"], name)
-    files = ["--labels=labels.json"] if script is train_ntp else ["--init_from=ntp"]
-    path = "train_ntp.py" if script is train_ntp else rollouts_per_clip.__file__
-    out = launch(path, *args, *STEPS, *files, "--micro_batch=4", f"--root={toy}", "--videomae=mae",
-                 f"--out_dir={tmp_path / 'two'}", cwd=stages, processes=2)
+    files = [f"--labels={stages / 'labels.json'}"] if script is train_ntp else [f"--init_from={stages / 'ntp'}"]
+    out = two_processes("train_ntp" if script is train_ntp else "rollouts_per_clip", *args, *STEPS, *files,
+                        "--micro_batch=4", f"--root={toy}", f"--videomae={stages / 'mae'}",
+                        f"--out_dir={tmp_path / 'two'}")
     assert "batch 8 = 4 clips x 1 micro-batches x 2 processes" in out
     runs = {name: {key: row for key, row in metrics(tmp_path / name).items() if key[0] > 0}
             for name in ("one", "two", "accumulated")}
@@ -598,8 +602,8 @@ def test_a_corrupt_file_counts_once(stages, toy, tmp_path):
     """Both processes meet it again and again."""
     shutil.copytree(toy, tmp_path / "toy")
     (tmp_path / "toy" / "train" / "000001.mp4").write_bytes(b"no video")
-    out = launch("train_ntp.py", *NTP, "--steps=6", f"--root={tmp_path / 'toy'}", "--labels=labels.json",
-                 f"--out_dir={tmp_path / 'out'}", cwd=stages, processes=2)
+    out = two_processes("train_ntp", *NTP, "--steps=6", f"--root={tmp_path / 'toy'}",
+                        f"--labels={stages / 'labels.json'}", f"--out_dir={tmp_path / 'out'}")
     assert out.count("000001.mp4: cannot") == 2
     assert [row["unreadable"] for row in metrics(tmp_path / "out").values() if "unreadable" in row][-1] == 1
 

@@ -1,17 +1,25 @@
 """Weight files: what is wrong in them is named before it costs memory, and what is written can be read by others."""
 import json
 import os
+import resource
 import stat
 
 import pytest
 import torch
 import torch.nn as nn
+from argaze_tiny import tiny_argaze
 from conftest import tiny_gaze, tiny_mae
 from safetensors.torch import load_file, save_file
 
 from lib import weights
-from model import GazeConfig
+from model import Gaze, GazeConfig
+from unigaze.model import UniGaze, UniGazeConfig
 from videomae import VideoMAE, VideoMAEConfig
+
+
+def tiny_unigaze():
+    torch.manual_seed(0)
+    return UniGaze(UniGazeConfig(image_size=16, patch_size=8, hidden_size=16, depth=1, num_heads=2))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -78,6 +86,44 @@ def test_nonsense_in_a_reconstructor_config(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=f"config.json.*{message}"):
         VideoMAEConfig.from_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("make, change, message", [
+    (tiny_argaze, {"decoder_ffn": 4_000_000}, "decoder_ffn=4000000 must be a whole number from 1 to"),
+    (tiny_argaze, {"decoder_ffn": 1_000_000}, r"do not fit: .*ffn.* is \(32.*needs \(1000000"),
+    (tiny_argaze, {"history": 1.5}, "history=1.5"), (tiny_argaze, {"dropout": [1]}, r"dropout=\[1\]"),
+    (tiny_argaze, {"encoder_config": 5}, "encoder_config=5 must be an object"),
+    (tiny_argaze, {"encoder_config": {"model_type": "none"}}, "config.json.*none"),
+    (tiny_unigaze, {"depth": 10 ** 9}, "depth=1000000000 must be a whole number from 1 to 1,000"),
+    (tiny_unigaze, {"drop_path": None}, "drop_path=None must be a number"),
+    (tiny_unigaze, {"hidden_size": 1_000_000}, r"do not fit: .* is \(.*16\), the config needs")])
+def test_sizes_in_a_config_are_compared_before_memory_is_taken(tmp_path, make, change, message):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message):
+        type(make()).from_pretrained(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+def test_a_model_that_memory_cannot_hold_is_refused():
+    config = GazeConfig(hidden_size=100_002, num_heads=3, intermediate_size=1_000_000, num_layers=1000)
+    with pytest.raises(ValueError, match="make a model of .* billion weights, .* GiB; this machine has"):
+        weights.build(lambda: Gaze(config))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.to(torch.int32), "is of type torch.int32"),
+    (lambda t: t.to(torch.complex64), "is of type torch.complex64"),
+    (lambda t: t.to_sparse(), "no file of weights"), (lambda t: t.to("meta"), "no file of weights"),
+    (lambda t: torch.zeros(1).expand(10 ** 12), "no file of weights")])
+def test_tensors_of_another_kind_are_refused(tmp_path, change, message):
+    tensors = tiny_unigaze().state_dict()
+    tensors["gaze_fc.weight"] = change(tensors["gaze_fc.weight"])
+    torch.save(tensors, tmp_path / "gaze.pt")
+    with pytest.raises(ValueError, match=f"gaze.pt.*{message}"):
+        UniGaze.from_published(tmp_path / "gaze.pt", tiny_unigaze().config)
 
 
 def test_saved_weights_are_whole_or_absent(tmp_path, monkeypatch, mae):

@@ -26,7 +26,7 @@ from einops import rearrange, repeat
 from lib.configurator import check_patches, check_sizes
 from lib.cpu import Linear
 from lib.pixels import LARGEST, check_tensor, check_values
-from lib.weights import assign, download, read_config, read_tensors, save_folder
+from lib.weights import assign, download, is_plain, read_config, read_tensors, save_folder
 
 RELEASED = "UniGaze/UniGaze-models"        # on the Hugging Face hub
 HEADS = {768: 12, 1024: 16, 1280: 16}      # of the published widths: weights do not tell the number of heads
@@ -462,7 +462,7 @@ def read_published(path):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         model = state.get("model_state", state.get("model", state))
         model = {name.removeprefix("module."): tensor for name, tensor in model.items()}
-        if not all(isinstance(tensor, torch.Tensor) for tensor in model.values()):
+        if not all(map(is_plain, model.values())):
             raise TypeError("it holds no dict of tensors")
     except Exception as error:  # of many kinds: pickle's, zip's
         raise ValueError(f"{path} is cut off or no file of weights ({type(error).__name__}: {error})") from error
