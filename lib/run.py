@@ -258,7 +258,7 @@ def load_optimizer(optimizer, state, path):
             check_states(part)
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             scheduled = {key: group[key] for key in ("lr", "betas") if key in own}
-            if not torch.tensor(scheduled.get("betas", (0, 0)) + (scheduled["lr"],)).isfinite().all():
+            if not torch.tensor([scheduled["lr"], *scheduled.get("betas", ())]).isfinite().all():
                 raise ValueError(f"it has {scheduled}")
             group.update(own | scheduled)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
