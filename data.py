@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
+from lib.loader import send
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, though applied to pixels in -1..1: the published models expect that
 IMAGE_STD = (0.229, 0.224, 0.225)
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".3gp", ".gif")
@@ -413,8 +415,8 @@ def resize_crop(frames, size, crop="center", generator=None):
 
 def channel_statistics(device):
     """Mean and standard deviation (3, 1, 1) of the models' pixels."""
-    mean = torch.tensor(IMAGE_MEAN, device=device)
-    std = torch.tensor(IMAGE_STD, device=device)
+    mean = send(torch.tensor(IMAGE_MEAN), device)
+    std = send(torch.tensor(IMAGE_STD), device)
     return mean.view(3, 1, 1), std.view(3, 1, 1)
 
 

@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import torch
@@ -82,6 +83,8 @@ class Config:
     batch_size: int = 16               # clips at once
     seed: int = 666                    # of the random baseline
     device: str = "auto"               # auto | cpu | cuda
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
+    tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
 
     def check(self):
         configurator.check_at_least(self, n_frames=1, stride=1, side=1, max_clips=1, greedy_clips=0, batch_size=1,
@@ -307,7 +310,7 @@ def batches(cfg, items, config, device, note):
 
 
 @torch.no_grad()
-def measure(cfg, mae, models, items, ratio, device, n_greedy=0):
+def measure(cfg, mae, models, items, ratio, device, autocast, n_greedy=0):
     """{method: {loss, psnr, ssim, per_frame, predicted, …}} over all clips, the first batch's gazes, the budgets."""
     config = mae.config
     ratios = split_ratio("mean", ratio, cfg.n_frames, cfg.alpha, None)
@@ -319,15 +322,18 @@ def measure(cfg, mae, models, items, ratio, device, n_greedy=0):
         motion = per_patch(changes(pixels), config)
         detail = per_patch(details(pixels), config)
 
-        gazings = choose(mae, models, video, moved, budgets, ratios, i < n_greedy, cfg.seed + b)
+        with autocast:
+            gazings = choose(mae, models, video, moved, budgets, ratios, i < n_greedy, cfg.seed + b)
         for name, gazing in gazings.items():
-            reconstruction, loss = mae(video, gazing, range(cfg.n_frames))
-            painted = from_model_pixels(reconstruction)
+            with autocast:
+                reconstruction, loss = mae(video, gazing, range(cfg.n_frames))
+            painted = from_model_pixels(reconstruction.float())
             measures = {"loss": loss, "psnr": psnr(painted, pixels), "ssim": ssim(painted, pixels)}  # (B, T) each
             measures["motion"] = under_gazes(gazing, motion, config).unsqueeze(0)
             measures["detail"] = under_gazes(gazing, detail, config).unsqueeze(0)
             if name in models:
-                predicted = models[name](video, gazing)[1]
+                with autocast:
+                    predicted = models[name](video, gazing)[1]
                 measures["predicted"] = predicted.gather(1, last_slots(gazing))
 
             for key, value in measures.items():
@@ -602,6 +608,7 @@ def main():
     _, _, device = run.init_processes(cfg.device)
     t0 = time.time()
     out = Path(cfg.out_dir)
+    autocast, _ = run.precision(cfg, device)
     mae = load_videomae(cfg, device)
     models = load_models(cfg, mae, device)
     config = mae.config
@@ -619,7 +626,8 @@ def main():
     headline = cfg.ratios.split(",")[0]
     for ratio in cfg.ratios.split(","):
         n_greedy = len(items) if ratio == headline else cfg.greedy_clips
-        table, first, budgets[ratio] = measure(cfg, mae, models, items, float(ratio), device, cfg.greedy * n_greedy)
+        table, first, budgets[ratio] = measure(cfg, mae, models, items, float(ratio), device, autocast,
+                                               cfg.greedy * n_greedy)
         if "greedy" in table:
             for name, row in table.items():
                 if row["clips"] == table["greedy"]["clips"]:
@@ -654,7 +662,8 @@ def main():
         for name, gaze in models.items():
             rows = []
             for requirement in requirements:
-                rows.append(stop_at(cfg, mae, gaze, items, requirement, device))
+                with autocast:
+                    rows.append(stop_at(cfg, mae, gaze, items, requirement, device))
             result["stops"][name] = rows
             print_columns(f"{name} stops", {f"{i + 1}.": row for i, row in enumerate(rows)})
             save(out, result, t0)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from lib.configurator import check_patches, check_sizes, numbers
+from lib.loader import send
 
 TENSORS = ("gazing_pos", "if_padded_gazing", "num_gazing_each_frame")
 
@@ -74,7 +75,7 @@ def frame_of_slot(gazing):
     """(N,) index of the frame that each slot belongs to, on the device of the slots."""
     counts = gazing["num_gazing_each_frame"].cpu()
     frame = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    return frame.to(gazing["gazing_pos"].device)
+    return send(frame, gazing["gazing_pos"].device)
 
 
 def locate(gazing, config, source_size=None, crop=None, grids=None):
@@ -228,7 +229,7 @@ def to_masks(gazing, ids_per_scale):
 def last_slots(gazing):
     """(B, T) index of each frame's last real slot (its first slot where a frame has none)."""
     padded = gazing["if_padded_gazing"]
-    counts = gazing["num_gazing_each_frame"].to(padded.device)
+    counts = send(gazing["num_gazing_each_frame"], padded.device)
     first = counts.cumsum(0) - counts
     first = first.expand(len(padded), -1)
 
@@ -313,9 +314,9 @@ def to_device(gazing, device):
         if key == "num_gazing_each_frame":
             moved[key] = value.cpu()
         elif isinstance(value, list):
-            moved[key] = [mask.to(device) for mask in value]
+            moved[key] = [send(mask, device) for mask in value]
         else:
-            moved[key] = value.to(device)
+            moved[key] = send(value, device)
     return moved
 
 
@@ -396,6 +397,11 @@ def drop_empty_slots(gazing):
             used[0] |= ~used.any()
         kept.append((ids[:, used], padded[:, used]))
     return join_frames(kept)
+
+
+def may_be_padded(padded):
+    """Whether a network has to mind padded slots, (B, N) True. On a GPU always: looking would wait for it."""
+    return padded.is_cuda or bool(padded.any())
 
 
 def pack_front(keep):

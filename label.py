@@ -28,6 +28,7 @@ import warnings
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,8 @@ class Config:
     max_candidates: int = 512          # candidates in one batch: bounds memory
     seed: int = 666                    # budgets of a clip depend on this and its name only
     device: str = "auto"               # auto | cpu | cuda
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
+    tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
 
     def check(self):
         configurator.check_at_least(self, n_frames=1, stride=1, max_clips=0, n_tried=1, max_candidates=1,
@@ -222,9 +225,12 @@ def label_clip(network, cfg, data, i):
     return {"key": key, "gazing_pos": gazing_pos, "task_losses": task_losses}
 
 
-def settings_of(cfg, network):
+def settings_of(cfg, network, dtype):
     """What the labels depend on. A network that was trained anew under the same name finds other labels."""
     settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    del settings["dtype"], settings["tf32"]
+    if dtype != "float32":  # files of the time when there was no other do not say so
+        settings["dtype"] = dtype
     if not cfg.teacher:
         del settings["teacher"]
     if cfg.exact:  # as files of the time when there was no other search
@@ -259,6 +265,7 @@ def main():
         network = Gaze.from_pretrained(cfg.teacher).to(device).eval()
     else:
         network = load_videomae(cfg, device)
+    network.checks_values = False  # pixels come from data.Clips
     c = network.config
 
     # ---- what earlier runs have done
@@ -267,7 +274,8 @@ def main():
     if rank == 0:
         lock(f"{out}.lock", f"out={out}")
     run.barrier()
-    settings = settings_of(cfg, network)
+    autocast, dtype = run.precision(cfg, device)
+    settings = settings_of(cfg, network, dtype)
     done = read_parts(out, settings)
     run.barrier()  # nobody writes before all have read, or they would share out different lists
 
@@ -292,7 +300,8 @@ def main():
         part.write("\n" + json.dumps({"settings": settings}) + "\n")  # the newline ends a line cut off by a kill
         for data, i in tqdm(mine, desc="labels", unit="clip", disable=rank > 0, mininterval=2):
             try:
-                label = label_clip(network, cfg, data, i)
+                with autocast:
+                    label = label_clip(network, cfg, data, i)
             except VideoError as error:
                 warnings.warn(str(error), stacklevel=1)
                 n_bad += 1

@@ -37,6 +37,7 @@ from gazing import (
     join_chunks,
     join_clips,
     join_frames,
+    may_be_padded,
     pack_front,
     per_row,
     rows,
@@ -47,6 +48,7 @@ from gazing import (
 from lib.attention import causal_attention
 from lib.cpu import Linear, conv3d, linear, pack
 from lib.cuda_graph import replay
+from lib.loader import send
 from lib.pixels import check_tensor, check_video
 from lib.weights import load_gaze, load_module, published_name, save_gaze
 
@@ -302,6 +304,8 @@ class Decoder(nn.Module):
 class Gaze(nn.Module):
     """Encoder, decoder and two multi-token heads (paper, section 3.2). Pixels come from data.to_model_pixels."""
 
+    checks_values = True  # of pixels; a training script, which knows them, does not: a GPU is waited for
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -335,7 +339,7 @@ class Gaze(nn.Module):
 
     def check(self, video, must_be_square=True):
         """The video in the type of the weights. ValueError names what is wrong with it."""
-        video = check_video(video, self.pos_embed, "data.to_model_pixels(frames)")
+        video = check_video(video, self.pos_embed, "data.to_model_pixels(frames)", values=self.checks_values)
         height, width = video.shape[3:]
         if must_be_square and height != width:
             raise ValueError(f"video has {height} x {width} pixels, expected a square: cut one out (data.resize_crop), "
@@ -396,11 +400,11 @@ class Gaze(nn.Module):
         tokens = torch.cat(tokens, dim=1)
         is_real = torch.cat(is_real, dim=1)
         query_index, head_of_slot = where_slots_are_predicted(counts, P, K)
-        query_index = query_index.to(tokens.device).expand(n_rows, -1)
-        head_of_slot = head_of_slot.to(tokens.device)
+        query_index = send(query_index, tokens.device).expand(n_rows, -1)
+        head_of_slot = send(head_of_slot, tokens.device)
 
         # pack real tokens to the front: causal attention then never sees padding, and a token's position is its index
-        if padded.any():
+        if may_be_padded(padded):
             permutation, new_index = pack_front(is_real)
             tokens = take(tokens, permutation)
             query_index = new_index.gather(1, query_index)
@@ -680,8 +684,8 @@ class GazeStream:
         n_slots = int(budget.max())
         may_stop = bool(budget.min() < n_slots or requirement.max() > -math.inf)
         if may_stop:
-            budget = budget.to(self.device).unsqueeze(1)
-            requirement = requirement.to(self.device).unsqueeze(1)
+            budget = send(budget, self.device).unsqueeze(1)
+            requirement = send(requirement, self.device).unsqueeze(1)
 
         # the padding id and what has been chosen in this frame
         banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
@@ -823,7 +827,7 @@ class GazeStream:
         """For clips of different lengths: the index (B, n_new) of each new token in the cache, whose first `end` places
         are read, and the mask (B, 1, n_new, end) to add to scores."""
         n_gazes = self.block.shape[1]
-        first_gaze, n_real = torch.tensor([self.lengths, self.n_real], device=self.device).unsqueeze(2)
+        first_gaze, n_real = send(torch.tensor([self.lengths, self.n_real]), self.device).unsqueeze(2)
         offset = torch.arange(n_new, device=self.device)
 
         # vision tokens follow a clip's last real gaze; what is padded goes where nothing is read
@@ -863,7 +867,7 @@ class ReferenceStream(GazeStream):
         if isinstance(index, slice):
             return slice(self.frame_end[0] - K, self.frame_end[0])
         offsets = torch.arange(-K, 0, device=self.device)
-        return torch.tensor(self.frame_end, device=self.device).unsqueeze(1) + offsets
+        return send(torch.tensor(self.frame_end), self.device).unsqueeze(1) + offsets
 
     def pad(self, stopped, finished):
         return finished

@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -70,6 +71,8 @@ class Config:
     # run
     batch_size: int = 16               # with scale: tiles at once in the model
     device: str = "auto"               # auto | cpu | cuda
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
+    tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
 
     def check(self):
         if not self.video:
@@ -508,7 +511,8 @@ def main():
     gaze, mae = load_models(cfg, device)
     print(f"{cfg.ckpt}: {model.describe(gaze.config)}; {device}")
 
-    with stop_on_signals() as stop:
+    autocast, _ = run.precision(cfg, device)
+    with stop_on_signals() as stop, autocast:
         if live:
             frames = in_background(read_live(cfg), stop)
             first = next(frames, None)

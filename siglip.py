@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from gazing import as_sides, check_gazing, frame_of_slot
-from lib.attention import block_causal_attention, causal_attention
+from lib.attention import BlockCausal, causal_attention
 from lib.cpu import linear, quicken, scaled_dot_product_attention
 from lib.pixels import check_video
 from lib.weights import announce, check_finite, is_hub_id
@@ -131,13 +131,14 @@ class GazeSigLIP(nn.Module):
             sequences = [[count] for row in counts for count in row]
         else:
             sequences = [list(accumulate(row)) for row in counts]
+        views = [self.view(ends, x.device) for ends in sequences]
 
         for layer in self.network.encoder.layers[:self.n_layers]:
             attention = layer.self_attn
             y = layer.layer_norm1(x)
             projected = [attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)]
             q, k, v = (rearrange(z, "(r m) (h d) -> r h m d", r=rows, h=attention.num_heads) for z in projected)
-            y = self.attend(q, k, v, sequences)
+            y = self.attend(q, k, v, sequences, views)
             x = x + attention.out_proj(rearrange(y, "r h m d -> (r m) (h d)"))
             x = x + layer.mlp(layer.layer_norm2(x))
 
@@ -196,23 +197,23 @@ class GazeSigLIP(nn.Module):
         x = linear(patches, conv.weight.flatten(1), conv.bias)
         return x + torch.cat(positions).to(x.dtype)[patch_id]
 
-    def attend(self, q, k, v, sequences):
+    def view(self, ends, device):
+        """The attention within a sequence whose frames have these ends: a function of q, k, v."""
+        if self.attention == "causal":
+            return causal_attention
+        if self.attention == "bidirectional" or len(ends) == 1:
+            return scaled_dot_product_attention
+        return BlockCausal(ends, device)
+
+    def attend(self, q, k, v, sequences, views):
         """q, k, v (rows, H, L, d): sequences one behind the other; of each, the ends of its frames within it."""
         out = [q[:, :, :0]]  # something to join, if no clip has a real slot
         start = 0
-        for ends in sequences:
-            if ends[-1] == 0:  # nothing gazed
-                continue
+        for ends, view in zip(sequences, views, strict=True):
             end = start + ends[-1]
-            part = [x[:, :, start:end] for x in (q, k, v)]
+            if end > start:
+                out.append(view(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end]))
             start = end
-
-            if self.attention == "causal":
-                out.append(causal_attention(*part))
-            elif self.attention == "bidirectional" or len(ends) == 1:
-                out.append(scaled_dot_product_attention(*part))
-            else:
-                out.append(block_causal_attention(*part, ends))
         return torch.cat(out, dim=2)
 
     def pool(self, features, gazing):

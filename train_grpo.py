@@ -25,15 +25,25 @@ import torch
 
 import model
 from data import Clips, VideoError, collate, to_model_pixels
-from gazing import draw_ratio, last_slots, one_clip, parse_alpha, rows, sheet, split_frames, split_ratio
+from gazing import (
+    draw_ratio,
+    drop_empty_slots,
+    last_slots,
+    one_clip,
+    parse_alpha,
+    rows,
+    sheet,
+    split_frames,
+    split_ratio,
+)
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
-from lib.loader import Feed, StepSampler, make_loader, shard
-from lib.log import Log, Means, check_finite, count_parameters
+from lib.loader import Feed, StepSampler, make_loader, send, shard
+from lib.log import Log, LossCheck, Means, Stopwatch, count_parameters
 from lib.optim import exponential, learning_rate, make_optimizer
 from lib.weights import assign, build
 from model import Gaze, GazeConfig
-from videomae import VideoMAE, check_fit, load_videomae
+from videomae import VideoMAE, check_fit, frames_of, load_videomae
 
 
 @dataclass
@@ -51,7 +61,7 @@ class Config:
     random_start: bool = False         # clips start anywhere in the video, not at its first frame
     crop: Literal["center", "random"] = "center"  # random: one random resized crop for all frames of a clip
     cache: bool = False                # keep all decoded clips in memory: for sets that fit
-    n_workers: int = 4                 # decoding processes; 0: decode in the training process
+    n_workers: int | None = None       # decoding processes; none: one per core; 0: decode in the training process
     # model
     init_from: str = "out/ntp"         # folder or hub id of a gaze model | resume | scratch (then the sizes below)
     scales: str = "32+64+112+224"
@@ -89,6 +99,7 @@ class Config:
     steps: int | None = None           # optimizer steps, in place of epochs
     batch_size: int = 64               # clips per step over all processes (published script; the paper says 256)
     micro_batch: int = 2               # most clips at once in one process, group_size copies of each; 0: all its share
+    rollout_batch: int = 0             # most clips that are rolled out at once, where memory allows; 0: as micro_batch
     reward_batch: int = 0              # most rollouts at once in the reconstructor, which bounds its memory; 0: all
     optimizer: Literal["adam", "sgd", "muon"] = "sgd"  # published: plain SGD without momentum
     lr: float = 5e-4                   # published
@@ -108,7 +119,7 @@ class Config:
     device: str = "auto"               # auto | cpu | cuda
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
     tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
-    compile: bool = False              # torch.compile for the training pass; never on a CPU
+    compile: bool = False              # torch.compile for the layers that are trained; never on a CPU
     wandb: str | None = None           # project to mirror metrics.jsonl to; none: off
 
     def check(self):
@@ -123,8 +134,8 @@ class Config:
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma} must lie between 0 and 1")
         configurator.check_at_least(
-            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, reward_batch=0, steps=1, lr_end=0,
-            task_loss_weight=0, val_clips=1, val_every=1, save_every=1, log_every=1)
+            self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, rollout_batch=0, reward_batch=0,
+            steps=1, lr_end=0, task_loss_weight=0, val_clips=1, val_every=1, save_every=1, log_every=1)
         configurator.check_above_zero(self, "lr", "epochs", "ratio_rate")
         configurator.check_share(self, "val_ratio", "ratio", "ratio_min", "ratio_max")
         configurator.check_fraction(self, "warmup")
@@ -158,7 +169,7 @@ def reward(mae, video, gazing, frames, max_rows=0):
     chunk = max(1, (max_rows or n_rows) // B) * B  # whole copies of the batch
 
     # The loss's view of the true frames is computed once per clip, not once per rollout.
-    target = mae.loss.target(video[:, frames])
+    target = mae.loss.target(frames_of(video, frames))
     losses = []
     for first in range(0, n_rows, chunk):
         part = rows(gazing, slice(first, first + chunk))
@@ -197,8 +208,10 @@ def grpo_loss(log_prob, advantage):
     return -(ratio * advantage).sum(dim=1).mean()
 
 
-def roll_out(gaze, video, cfg, step, temperature):
-    """G sampled gazes of every clip, copy-major. Draws of ratio and requirement are the same on all ranks."""
+def roll_out(gaze, videos, cfg, step, temperature):
+    """G sampled gazes of every clip, copy-major, for each of the micro-batches in `videos`: on a GPU they take hardly
+    longer than one of them. Draws of ratio and requirement are the same on all ranks."""
+    video = torch.cat(videos)
     generator = run.shared_generator(cfg.seed, step)
     ratio = draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
     requirement = None
@@ -217,7 +230,19 @@ def roll_out(gaze, video, cfg, step, temperature):
 
     if not cfg.stop_early:
         requirement = None
-    return gaze.generate(video, ratios, requirement, temperature, num_copies=cfg.group_size)
+    gazing = gaze.generate(video, ratios, requirement, temperature, num_copies=cfg.group_size)
+    if len(videos) == 1:
+        return [gazing]
+
+    # the rows of each micro-batch, and only the slots that its clips take
+    row = torch.arange(cfg.group_size * len(video)).view(cfg.group_size, -1)
+    gazings = []
+    for part in row.split([len(clips) for clips in videos], dim=1):
+        own = rows(gazing, send(part.flatten(), video.device))
+        if cfg.split == "self" or cfg.stop_early:
+            own |= drop_empty_slots(own)
+        gazings.append(own)
+    return gazings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,9 +312,11 @@ def main():
     gaze.config.gazing_ratio = cfg.val_ratio
     gaze.config.task_loss_requirement = cfg.val_requirement
     gaze.to(device)
+    gaze.checks_values = False  # pixels come from data.Clips
 
     # ---- reconstructor. FORK: load what reward() needs, or mae = None
     mae = load_videomae(cfg, device)
+    mae.checks_values = False
     check_fit(mae, gaze, cfg.init_from)
 
     # ---- data. FORK: any dataset whose items are like those of data.Clips
@@ -310,6 +337,7 @@ def main():
     # ---- optimizer
     optimizer = make_optimizer(cfg.optimizer, gaze, cfg.lr)
     ddp, sync, autocast, scaler, precision = run.prepare(gaze, optimizer, cfg, world, device, resumed)
+    n_together = max(1, cfg.rollout_batch // sampler.micro)  # micro-batches that are rolled out together
     n_rewarded = int(cfg.recon_sample_rate * cfg.n_frames)
     n_parameters = count_parameters(gaze) / 1e6
     n_epochs = total * cfg.batch_size / len(train)
@@ -323,12 +351,14 @@ def main():
 
     # ---- loop
     unreadable = set()
+    losses = LossCheck()
     t0 = time.time()
     for step in range(start, total + 1):
         stop = run.stopping()
 
         # validate, and keep the model with the highest reward in best/
         if (step % cfg.val_every == 0 or step == total) and not stop:
+            losses.check(gaze)
             metrics, example = validate(gaze, mae, val_loader, val_ratios, cfg, device)
             log.write(step, total, step - start, **metrics)
             best = keep_best(gaze, out, -metrics["val_reward"], best, rank)
@@ -339,6 +369,7 @@ def main():
 
         # save; after the last step there is nothing else to do
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
+            losses.check(gaze)
             gaze.save_pretrained(out)
             save_state(out / "last.pt", state_of(step, gaze, optimizer, scaler, best, cfg, world))
         if step == total or stop:
@@ -355,25 +386,32 @@ def main():
 
         means = Means()
         keys = []
+        rolled_out = []
+        is_logged = (step + 1) % cfg.log_every == 0
+        stopwatch = Stopwatch(device, is_logged)
         for micro in range(sampler.n_micro):
-            batch = next(loader)
-            keys += batch["key"]
-            unreadable.update(batch["unreadable"])
-            video = to_model_pixels(batch["video"].to(device, non_blocking=True))  # (B, T, 3, R, R)
+            # 1. roll out: G gazes of every clip, copy-major, of a few micro-batches at once
+            if not rolled_out:
+                videos = []
+                for _ in range(min(n_together, sampler.n_micro - micro)):
+                    batch = next(loader)
+                    keys += batch["key"]
+                    unreadable.update(batch["unreadable"])
+                    videos.append(to_model_pixels(batch["video"].to(device, non_blocking=True)))
+                stopwatch.lap()
+                with autocast:
+                    gazings = roll_out(gaze, videos, cfg, step, temperature)
+                rolled_out = list(zip(videos, gazings, strict=True))
+                means.add(1, rollout_s=stopwatch.lap())
+            video, gazing = rolled_out.pop(0)                                # (B, T, 3, R, R), G·B rows
             share = len(video) / sampler.local                               # of this process's clips
 
-            # 1. roll out: G gazes of every clip, copy-major
-            t1 = run.now(device)
-            with autocast:
-                gazing = roll_out(gaze, video, cfg, step, temperature)
-
             # 2. reward of a few random frames
-            t2 = run.now(device)
             with autocast:
                 rewards = reward(mae, video, gazing, frames, cfg.reward_batch)   # (G·B, F)
 
             # 3. advantage: above the group's mean, discounted back to the patches that led to it
-            t3 = run.now(device)
+            means.add(1, reward_s=stopwatch.lap())
             grouped = rewards.unflatten(0, (cfg.group_size, -1))             # (G, B, F)
             advantage = (grouped - grouped.mean(dim=0)).flatten(0, 1)
             advantage = discounted_advantages(advantage, frames, gazing, cfg.gamma)  # (G·B, N)
@@ -382,7 +420,7 @@ def main():
             with sync(last=micro == sampler.n_micro - 1):
                 with autocast:
                     log_prob, task_loss = ddp(video, gazing, cfg.policy, temperature)
-                predicted = task_loss.gather(1, last_slots(gazing)[:, frames])
+                predicted = task_loss.gather(1, frames_of(last_slots(gazing), frames))
                 error = (predicted + rewards).square().mean()                # the loss is minus the reward
                 loss = grpo_loss(log_prob, advantage) + cfg.task_loss_weight * error
                 scaler.scale(loss * share).backward()
@@ -396,13 +434,14 @@ def main():
             means.add(share, reward_spread=spread.mean(), no_spread=(spread < 1e-6).float().mean())
             means.add(share, predicted=predicted.mean(), task_error=error, entropy=-log_prob.sum() / n_real)
             means.add(share, gazes_per_frame=n_real / (len(real) * cfg.n_frames), per_scale=per_scale / n_real)
-            t4 = run.now(device)
-            means.add(1, rollout_s=t2 - t1, reward_s=t3 - t2, update_s=t4 - t3)
+            means.add(1, update_s=stopwatch.lap())
 
-        check_finite(means.total(), step, keys)
+        losses.add(means.total(), step, keys)
         run.update(optimizer, scaler)
 
-        if (step + 1) % cfg.log_every == 0:
+        # the log line; in between nothing is read from a GPU
+        if is_logged:
+            losses.check()
             ms_per_step = (time.time() - t0) * 1000 / cfg.log_every
             log.write(step + 1, total, step + 1 - start, **means.read(), temperature=temperature, lr=lr,
                       ms_per_step=ms_per_step, data_ms=loader.waited_ms(cfg.log_every),

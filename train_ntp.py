@@ -26,8 +26,8 @@ from gazing import last_slots, one_clip, parse_alpha, sheet, split_ratio, to_dev
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.labels import check_labels, load_labels
-from lib.loader import Feed, StepSampler, make_loader, shard
-from lib.log import Log, check_finite, count_parameters
+from lib.loader import Feed, StepSampler, make_loader, send, shard
+from lib.log import Log, LossCheck, count_parameters
 from lib.optim import learning_rate, make_optimizer
 from lib.weights import assign, build
 from model import Gaze, GazeConfig
@@ -49,7 +49,7 @@ class Config:
     stride: int = 1                    # source frames per clip frame
     mirror: bool = False               # flip clips and their labels left-right and up-down at random: for small sets
     cache: bool = False                # keep all decoded clips in memory: for sets that fit
-    n_workers: int = 4                 # decoding processes; 0: decode in the training process
+    n_workers: int | None = None       # decoding processes; none: one per core; 0: decode in the training process
     # model: the published 3.3 M parameters
     scales: str = "32+64+112+224"      # the last is the input size
     patch_size: int = 16               # pixels
@@ -86,7 +86,7 @@ class Config:
     device: str = "auto"               # auto | cpu | cuda
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
     tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
-    compile: bool = False              # torch.compile for the training pass; never on a CPU
+    compile: bool = False              # torch.compile for the layers that are trained; never on a CPU
     wandb: str | None = None           # project to mirror metrics.jsonl to; none: off
 
     def check(self):
@@ -140,7 +140,7 @@ def mirror(video, gazing, config):
             table.append(first + torch.arange(n_ids).view(side, side).flip(dim).flatten())
             first += n_ids
         table.append(torch.tensor([V]))  # the padding id stays
-        table = torch.cat(table).to(pos.device)
+        table = send(torch.cat(table), pos.device)
 
         flip = torch.rand(len(video), device=video.device) < 0.5         # (B,)
         ids = torch.where(gazing["if_padded_gazing"], V, pos % V)
@@ -240,12 +240,14 @@ def main():
     gaze.config.gazing_ratio = cfg.val_ratio
     gaze.config.task_loss_requirement = cfg.val_requirement
     gaze.to(device)
+    gaze.checks_values = False  # pixels come from data.Clips
     V = gaze.config.num_ids
 
     # ---- reconstructor, for the validation loss only
     mae = None
     if cfg.videomae:
         mae = load_videomae(cfg, device)
+        mae.checks_values = False
         check_fit(mae, gaze, "the gaze model")
 
     # ---- data. FORK: any dataset whose items are like those of data.Clips with labels
@@ -280,12 +282,14 @@ def main():
 
     # ---- loop
     unreadable = set()
+    losses = LossCheck()
     t0 = time.time()
     for step in range(start, total + 1):
         stop = run.stopping()
 
         # validate, and keep the model with the lowest loss on the labels in best/
         if (step % cfg.val_every == 0 or step == total) and not stop:
+            losses.check(gaze)
             metrics, example = validate(gaze, mae, val_loader, val_ratios, cfg.val_requirement, device)
             labelled = label_loss(gaze, val_loader, device)
             log.write(step, total, step - start, **labelled, **metrics)
@@ -297,6 +301,7 @@ def main():
 
         # save; after the last step there is nothing else to do
         if (step % cfg.save_every == 0 or step == total or stop) and rank == 0:
+            losses.check(gaze)
             gaze.save_pretrained(out)
             save_state(out / "last.pt", state_of(step, gaze, optimizer, scaler, best, cfg, world))
         if step == total or stop:
@@ -333,10 +338,12 @@ def main():
             nll_sum += nll.detach()
             error_sum += error.detach()
 
-        check_finite((nll_sum + error_sum).item(), step, keys)
+        losses.add(nll_sum + error_sum, step, keys)
         run.update(optimizer, scaler)
 
+        # the log line; in between nothing is read from a GPU
         if (step + 1) % cfg.log_every == 0:
+            losses.check()
             nll, error = run.all_sum(nll_sum.item() / world, error_sum.item() / world)
             epoch = (step + 1) * cfg.batch_size / len(train)
             ms_per_step = (time.time() - t0) * 1000 / cfg.log_every

@@ -25,8 +25,8 @@ from gazing import as_sides, draw_ratio, one_clip, parse_alpha, random_gazing, s
 from lib import configurator, run
 from lib.checkpoint import keep_best, load_state, save_state, state_of
 from lib.loader import Feed, StepSampler, make_loader, shard
-from lib.log import Log, Means, check_finite, count_parameters
-from lib.optim import Muon, learning_rate
+from lib.log import Log, LossCheck, Means, count_parameters
+from lib.optim import Muon, fused, learning_rate
 from lib.weights import check_memory
 from videomae import VideoMAE, VideoMAEConfig
 
@@ -41,7 +41,7 @@ class Config:
     random_start: bool = False         # clips start anywhere in the video, not at its first frame
     crop: Literal["center", "random"] = "center"  # random: one random resized crop for all frames of a clip
     cache: bool = False                # keep all decoded clips in memory: for sets that fit
-    n_workers: int = 4                 # decoding processes; 0: decode in the training process
+    n_workers: int | None = None       # decoding processes; none: one per core; 0: decode in the training process
     # model: the published ViT-L
     scales: str = "32+64+112+224"      # the last is the input size
     patch_size: int = 16               # pixels
@@ -82,7 +82,7 @@ class Config:
     device: str = "auto"               # auto | cpu | cuda
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # autocast; auto: float32 on a CPU, else bfloat16
     tf32: bool = True                  # on a GPU: what stays in float32 is multiplied in TF32 (10 bits of mantissa)
-    compile: bool = False              # torch.compile for the training pass; never on a CPU
+    compile: bool = False              # torch.compile for the layers that are trained; never on a CPU
     wandb: str | None = None           # project to mirror metrics.jsonl to; none: off
     log_every: int = 50                # steps
     val_every: int = 2000              # steps
@@ -124,7 +124,7 @@ def make_optimizer(mae, cfg):
     groups = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), **fused(params))
 
 
 @torch.no_grad()
@@ -176,6 +176,7 @@ def main():
     else:
         mae = VideoMAE.from_pretrained(cfg.init_from, model_cfg, **loss_args)
     mae.to(device)
+    mae.checks_values = False  # pixels come from data.Clips
     V, R = model_cfg.num_ids, model_cfg.image_size
 
     # ---- data. FORK: any dataset whose items are like those of data.Clips
@@ -202,12 +203,14 @@ def main():
 
     # ---- loop
     unreadable = set()
+    losses = LossCheck()
     t0 = time.time()
     for step in range(start, cfg.steps + 1):
         stop = run.stopping()
 
         # validate, and keep the model with the lowest loss in best/
         if (step % cfg.val_every == 0 or step == cfg.steps) and not stop:
+            losses.check(mae)
             val_loss, example = evaluate(mae, val_loader, cfg, device)
             log.write(step, cfg.steps, step - start, val_loss=val_loss)
             best = keep_best(mae, out, val_loss, best, rank)
@@ -218,6 +221,7 @@ def main():
 
         # save; after the last step there is nothing else to do
         if (step % cfg.save_every == 0 or step == cfg.steps or stop) and rank == 0:
+            losses.check(mae)
             mae.save_pretrained(out)
             save_state(out / "last.pt", state_of(step, mae, optimizer, scaler, best, cfg, world))
         if step == cfg.steps or stop:
@@ -247,17 +251,19 @@ def main():
 
             with sync(last=micro == sampler.n_micro - 1):
                 with autocast:
-                    _, losses = ddp(video, gazing, frames)               # (B, F)
-                    loss = losses.mean()
+                    _, loss_of_frame = ddp(video, gazing, frames)        # (B, F)
+                    loss = loss_of_frame.mean()
                 scaler.scale(loss * share).backward()
             means.add(share, loss=loss)
 
-        check_finite(means.total(), step, keys)
+        losses.add(means.total(), step, keys)
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), cfg.clip_grad)
         run.update(optimizer, scaler)
 
+        # the log line; in between nothing is read from a GPU
         if (step + 1) % cfg.log_every == 0:
+            losses.check()
             ms_per_step = (time.time() - t0) * 1000 / cfg.log_every
             log.write(step + 1, cfg.steps, step + 1 - start, **means.read(), lr=lr, grad_norm=grad_norm.item(),
                       gazes_per_clip=sum(budgets), ms_per_step=ms_per_step, data_ms=loader.waited_ms(cfg.log_every),

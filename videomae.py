@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from data import IMAGE_MEAN, IMAGE_STD
-from gazing import Grids, check_gazing
-from lib.attention import block_causal_attention
+from gazing import Grids, check_gazing, may_be_padded
+from lib.attention import BlockCausal
 from lib.cpu import Linear, linear, quicken
+from lib.loader import send
 from lib.pixels import check_video
 from lib.weights import (
     announce,
@@ -111,11 +112,10 @@ class Block(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": Linear(dim, mlp)})
         self.output = nn.ModuleDict({"dense": Linear(mlp, dim)})
 
-    def forward(self, x, ends, keep):
-        """x (rows, L, D); ends and keep: see block_causal_attention."""
+    def forward(self, x, attend):
+        """x (rows, L, D); attend: a BlockCausal"""
         q, k, v = self.qkv(x)
-        y = block_causal_attention(q, k, v, ends, keep)
-        return self.finish(x, y)
+        return self.finish(x, attend(q, k, v))
 
     def qkv(self, x):
         """x (rows, L, D) -> q, k, v (rows, H, L, d)"""
@@ -251,6 +251,8 @@ class VideoMAE(nn.Module):
     "l1+dinov2_reg+siglip2" and "1+0.3+0.3"; dinov2_reg and siglip2: folder or hub id of those networks (None: the
     published one)."""
 
+    checks_values = True  # of pixels; a training script, which knows them, does not: a GPU is waited for
+
     def __init__(self, config, loss_type="l1", loss_weights="1", dinov2_reg=None, siglip2=None):
         super().__init__()
         c = self.config = config
@@ -342,14 +344,15 @@ class VideoMAE(nn.Module):
         """
         reconstruction = self.reconstruct(video, gazing, frames)
         copies = reconstruction.unflatten(0, (-1, len(video)))         # (G, B, F, 3, R, R)
-        true = video[:, frames].to(self.decoder.mask_token.dtype)
+        true = frames_of(video, frames).to(self.decoder.mask_token.dtype)
         loss = self.loss(copies, self.loss.target(true))               # (G, B, F)
         return reconstruction, loss.flatten(0, 1)
 
     def reconstruct(self, video, gazing, frames):
         """The first half of forward: -> (rows, F, 3, R, R)."""
         frames = [int(t) for t in frames]
-        video = check_video(video, self.decoder.mask_token, "data.to_model_pixels(frames)", self.config.image_size)
+        video = check_video(video, self.decoder.mask_token, "data.to_model_pixels(frames)", self.config.image_size,
+                            values=self.checks_values)
         T = video.shape[1]
         check_gazing(gazing, len(video), T)
         if T > self.config.max_num_frames:
@@ -372,10 +375,10 @@ class VideoMAE(nn.Module):
         cls = embeddings.cls().expand(rows, -1, -1)
         x = torch.cat([cls, embeddings(patches, positions)], dim=1)             # (rows, 1 + N, D)
 
-        keep = F.pad(~padded, (1, 0), value=True) if padded.any() else None
-        ends = list(accumulate([1, *counts]))
+        keep = F.pad(~padded, (1, 0), value=True) if may_be_padded(padded) else None
+        attend = BlockCausal(list(accumulate([1, *counts])), x.device, keep)
         for layer in self.vit.encoder.layer:
-            x = layer(x, ends, keep)
+            x = layer(x, attend)
         x = self.vit.layernorm(x)                                               # (rows, 1 + N, D)
         return self.decode(x, positions, padded, counts, frames)
 
@@ -419,24 +422,31 @@ class VideoMAE(nn.Module):
 
         # say which patch and which frame; CLS in front
         sizes = torch.tensor(starts).diff()
-        frame = torch.repeat_interleave(torch.arange(len(counts)), sizes).to(device)
+        frame = torch.repeat_interleave(torch.arange(len(counts)), sizes)
+        frame = send(frame, device)
         x = x + F.embedding(torch.cat(patch_id, dim=1), decoder.grid_positions())
         x = x + decoder.time_embed[frame]
         x = torch.cat([decoder.cls(encoded[:, :1]), x], dim=1)                  # (rows, 1 + n_tokens, D)
 
         # 3. transformer; the finest tokens, a frame's last ones, are its picture
         keep = None
-        if padded.any():
+        if may_be_padded(padded):
             keep = torch.cat([padded.new_ones(rows, 1), *visible], dim=1)
         ends = [1 + start for start in starts]
+        attend = BlockCausal(ends, device, keep)
         for layer in decoder.decoder_layers:
-            x = layer(x, ends, keep)
+            x = layer(x, attend)
         finest = [x[:, ends[t + 1] - P:ends[t + 1]] for t in frames]
         return decoder.pixels(torch.stack(finest, dim=1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # losses
+
+
+def frames_of(video, frames):
+    """video (B, T, …) -> its frames (B, F, …), a list of numbers. As an index, the list would be copied to a GPU."""
+    return torch.stack([video[:, t] for t in frames], dim=1)
 
 
 class ReconstructionLoss(nn.Module):
@@ -496,7 +506,7 @@ class ReconstructionLoss(nn.Module):
 
         # from our normalisation to the network's; nothing is clamped or resized
         def per_channel(values):
-            return torch.tensor(values, device=x.device).view(3, 1, 1)
+            return send(torch.tensor(values), x.device).view(3, 1, 1)
         _, mean, std = NETWORKS[term]
         pixels = (x * per_channel(IMAGE_STD) + per_channel(IMAGE_MEAN) + 1) / 2         # 0..1
         pixels = (pixels - per_channel(mean)) / per_channel(std)

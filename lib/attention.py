@@ -35,37 +35,47 @@ def causal_mask(n_queries, n_tokens, dtype, device):
     return mask.triu(n_tokens - n_queries + 1)
 
 
-def block_causal_attention(q, k, v, ends, keep=None):
-    """Each block of tokens (a frame) attends to itself and to all earlier blocks.
+class BlockCausal:
+    """Attention in which each block of tokens (a frame) sees itself and all earlier blocks. Made once for all layers.
 
-    q, k, v (B, H, L, d). ends: the index after the last token of each block, ascending; the last is L. keep (B, L):
-    True for tokens that others may see, at least one in each clip's first block. There is no L x L mask: the queries of
-    a block meet a growing slice of the keys.
+    ends: the index after the last token of each block, ascending; the last is L. keep (B, L): True for tokens that
+    others may see, at least one in each clip's first block.
     """
-    if keep is not None:
-        keep = keep[:, None, None, :]                     # (B, 1, 1, L)
 
-    # short sequences: one call with a mask is faster than one call per block
-    if q.shape[2] < min_tokens_by_block(q.device):
-        mask = block_causal_mask(ends, q.device)
-        if keep is not None:
-            mask = mask & keep
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    def __init__(self, ends, device, keep=None):
+        self.ends = ends
+        self.keep = None if keep is None else keep[:, None, None, :]    # (B, 1, 1, L)
 
-    k, v = k.contiguous(), v.contiguous()                 # once; else every block may copy its slice
-    out = []
-    start = 0
-    for end in ends:
-        if end > start:
-            visible = None if keep is None else keep[..., :end]
-            block = q[:, :, start:end]
-            out.append(scaled_dot_product_attention(block, k[:, :, :end], v[:, :, :end], attn_mask=visible))
-        start = end
-    return torch.cat(out, dim=2)
+        # short sequences: one call with a mask is faster than one call per block
+        self.mask = None
+        if ends[-1] < min_tokens_by_block(device):
+            self.mask = block_causal_mask(ends, device)
+            if keep is not None:
+                self.mask = self.mask & self.keep
+
+    def __call__(self, q, k, v):
+        """q, k, v (B, H, L, d) -> (B, H, L, d)"""
+        if self.mask is not None:
+            return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+        # long ones without an L x L mask: the queries of a block meet a growing slice of the keys
+        k, v = k.contiguous(), v.contiguous()             # once; else every block may copy its slice
+        out = []
+        start = 0
+        for end in self.ends:
+            if end > start:
+                visible = None if self.keep is None else self.keep[..., :end]
+                block = q[:, :, start:end]
+                out.append(scaled_dot_product_attention(block, k[:, :, :end], v[:, :, :end], attn_mask=visible))
+            start = end
+        return torch.cat(out, dim=2)
 
 
 def block_causal_mask(ends, device):
-    """(L, L) bool, True where the row's token may look at the column's."""
-    sizes = torch.tensor(ends).diff(prepend=torch.tensor([0]))
-    block = torch.repeat_interleave(torch.arange(len(ends)), sizes)
-    return (block.unsqueeze(1) >= block).to(device)
+    """(L, L) bool, True where the row's token may look at the column's. Made on the device, so nothing is copied."""
+    mask = torch.zeros(ends[-1], ends[-1], dtype=torch.bool, device=device)
+    start = 0
+    for end in ends:
+        mask[start:end, :end] = True
+        start = end
+    return mask

@@ -1,5 +1,6 @@
 """The order of the data, as a pure function of seed and step, and the loaders that follow it."""
 import math
+import os
 import signal
 import time
 import warnings
@@ -77,9 +78,23 @@ def ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def send(tensor, device):
+    """tensor.to(device) without waiting for a GPU, which takes what it was sent when its turn comes."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
+def cores_per_process():
+    """Cores that each of this machine's training processes may use for reading, at most 16."""
+    n_cores = os.cpu_count() or 1
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(16, max(1, n_cores // n_processes))
+
+
 def make_loader(dataset, sampler, n_workers, collate):
-    """A DataLoader over StepSampler's batches, or any list of index lists."""
+    """A DataLoader over StepSampler's batches, or any list of index lists. n_workers None: one per core."""
     workers = {}
+    if n_workers is None:
+        n_workers = cores_per_process()
     if n_workers:
         workers = dict(num_workers=n_workers, worker_init_fn=ignore_signals, multiprocessing_context="spawn")
     # A private generator: without one, DataLoader draws its base seed from torch's global generator and a resumed run

@@ -128,17 +128,68 @@ class Means:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def total(self):
-        """Sum of everything, a float: not finite if anything is not. The one value that is fetched from the GPU."""
-        return sum(value.sum() for value in self.sums.values()).item()
+        """Sum of everything, a tensor: not finite if anything is not."""
+        return sum(value.sum() for value in self.sums.values())
 
     def read(self):
         """{name: mean over all processes}, a float or a list of floats. All processes have to call it."""
         world = dist.get_world_size() if dist.is_initialized() else 1
+        flat = [value.flatten() / world for value in self.sums.values()]
+        device = max(flat, key=lambda value: value.is_cuda).device  # numbers that Python added lie on the CPU
+        numbers = torch.cat([value.to(device, non_blocking=True) for value in flat]).tolist()
+        numbers = run.all_sum(*numbers)
+
         means = {}
         for name, value in self.sums.items():
-            numbers = run.all_sum(*(value.flatten() / world).tolist())
-            means[name] = numbers if value.dim() else numbers[0]
+            own, numbers = numbers[:value.numel()], numbers[value.numel():]
+            means[name] = own if value.dim() else own[0]
         return means
+
+
+class LossCheck:
+    """Finds losses that are not finite without waiting for a GPU in every step: they stay on their device until check()
+    reads them. Call it before anything is logged, validated or saved, so that no checkpoint holds broken weights."""
+
+    def __init__(self):
+        self.unread = []
+
+    def add(self, loss, step, keys):
+        """loss: a tensor of one number; keys: the clips of this step."""
+        self.unread.append((loss.detach(), step, keys))
+
+    def check(self, module=None):
+        """FloatingPointError names the first step whose loss is not finite, with its clips; or says that the weights
+        of `module` are not, which a gradient can do whose loss is finite."""
+        if not self.unread:
+            return
+        losses = torch.stack([loss for loss, _, _ in self.unread]).tolist()
+        for loss, (_, step, keys) in zip(losses, self.unread, strict=True):
+            check_finite(loss, step, keys)
+        self.unread.clear()
+
+        if module is not None:
+            finite = [weight.isfinite().all() for weight in module.parameters() if weight.requires_grad]
+            if not torch.stack(finite).all():
+                raise FloatingPointError(f"weights are not finite after step {step}, though all losses are: a gradient "
+                                         "overflowed. Give a lower lr, or another dtype")
+
+
+class Stopwatch:
+    """Seconds between the parts of a step. Only of steps that are logged: what a GPU is busy with is known when it has
+    been waited for."""
+
+    def __init__(self, device, is_on):
+        self.device = device
+        self.is_on = is_on
+        self.time = run.now(device) if is_on else 0.0
+
+    def lap(self):
+        """Seconds since the last lap; 0 if switched off."""
+        if not self.is_on:
+            return 0.0
+        before = self.time
+        self.time = run.now(self.device)
+        return self.time - before
 
 
 def check_finite(loss, step, keys):

@@ -86,7 +86,8 @@ def init_processes(device="auto"):
         raise ValueError("device=mps: torch sees no Apple GPU here: give --device=cpu")
 
     if world > 1:
-        backend = "nccl" if device.startswith("cuda") else "gloo"
+        # numbers of Python's travel over gloo: through nccl each would wait for the GPU
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         # 7 days: in label.py fast ranks wait for slow ones. Killing a hung job is the scheduler's business.
         dist.init_process_group(backend, timeout=timedelta(days=7))
         # Whoever frees a gloo group waits for its thread, with Python's lock in hand, for which the thread may be
@@ -146,8 +147,6 @@ def all_sum(*values):
     """Sums over ranks of Python numbers, as floats."""
     sums = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        if dist.get_backend() == "nccl":
-            sums = sums.cuda()
         dist.all_reduce(sums)
     return sums.tolist()
 
@@ -195,24 +194,38 @@ def now(device):
     return time.perf_counter()
 
 
-def prepare(module, optimizer, cfg, world, device, resumed):
-    """(module for training passes, context of its gradient sync, autocast, gradient scaler, a line that says so).
-
-    resumed: a checkpoint whose optimizer and scaler go on, or None.
-    sync(last): gradients travel between processes in the last micro-batch of a step only; it has to enclose the forward
-    pass too. compile works in place, so parameter names in checkpoints stay.
-    """
+def precision(cfg, device):
+    """(autocast of cfg.dtype, the dtype's name). Switches TF32 on or off, as cfg.tf32 says."""
     dtype = cfg.dtype
     if dtype == "auto" and device.type != "cuda":
         dtype = "float32"
     elif dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     half = torch.float16 if dtype == "float16" else torch.bfloat16
-    autocast = torch.autocast(device.type, half, enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = cfg.tf32
+    return torch.autocast(device.type, half, enabled=dtype != "float32"), dtype
+
+
+def compile_layers(module):
+    """torch.compile for each layer by itself and for any length. The module as a whole would be compiled anew for every
+    list of gaze counts."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.ModuleList):
+            for layer in part:
+                layer.compile(dynamic=True)
+
+
+def prepare(module, optimizer, cfg, world, device, resumed):
+    """(module for training passes, context of its gradient sync, autocast, gradient scaler, a line that says so).
+
+    resumed: a checkpoint whose optimizer and scaler go on, or None.
+    sync(last): gradients travel between processes in the last micro-batch of a step only; it has to enclose the forward
+    pass too. Compiling works in place, so parameter names in checkpoints stay.
+    """
+    autocast, dtype = precision(cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
     # Weights from a file lie where it is mapped, at any address, and products on a CPU round by address. In memory of
     # their own they lie as those of a resumed run do, which has to equal an uninterrupted one.
@@ -223,7 +236,7 @@ def prepare(module, optimizer, cfg, world, device, resumed):
 
     compiled = cfg.compile and device.type != "cpu"
     if compiled:
-        module.compile()
+        compile_layers(module)
     ddp = DistributedDataParallel(module) if world > 1 else module
 
     def sync(last):

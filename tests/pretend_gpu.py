@@ -5,8 +5,8 @@
 
 A tensor that was made on, moved to or computed from "cuda" is marked, and computed on the CPU. MixedDevices is raised
 where a marked tensor meets an unmarked one (0-dimensional ones and indices may), is read by numpy, or is drawn with a
-CPU generator. `waits` counts, by source line, where the host reads a value: .item(), .tolist(), .cpu(), if; `copies`
-where it sends one.
+CPU generator. `waits` counts, by source line, where the host waits for the GPU: it reads a value by .item(), .tolist(),
+.cpu() or if, or sends one without non_blocking=True; `copies` all that it sends.
 
 What it cannot see: the inside of one call of torch (the backward pass, DDP), kernels, memory, speed. Code that passes
 here may still fail on a GPU; code that fails here fails there.
@@ -41,6 +41,14 @@ def marked(tensor):
 def tensors_in(tree):
     leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
     return [leaf for leaf in leaves if not isinstance(leaf, CausalBias)]  # a name of a mask, on no device
+
+
+def has_index_from_cpu(index):
+    """Whether x[index] sends a list, or a tensor of the CPU, to the GPU."""
+    for part in index if isinstance(index, tuple) else [index]:
+        if isinstance(part, list) or isinstance(part, torch.Tensor) and part.dim() > 0 and not marked(part):
+            return True
+    return False
 
 
 def source_line():
@@ -83,8 +91,12 @@ class PaperGPU(TorchFunctionMode):
             self.n_calls += 1
             if name in READS or not on_gpu:
                 self.waits[source_line()] += 1
-        if on_gpu and not from_gpu and name in SENDS:
+        is_sent = on_gpu and not from_gpu and name in SENDS
+        is_sent = is_sent or from_gpu and name == "__getitem__" and has_index_from_cpu(args[1])
+        if is_sent:
             self.copies[source_line()] += 1
+            if not kwargs.get("non_blocking"):
+                self.waits[source_line()] += 1
         if on_gpu and name in DRAWS and kwargs.get("generator") is not None:
             raise MixedDevices(f"{name} with a CPU generator at {source_line()}")
 
@@ -150,7 +162,7 @@ def main(arguments):
                 runpy.run_path(script, run_name="__main__")
             else:
                 runpy.run_module(script, run_name="__main__", alter_sys=True)
-        for line, n in gpu.waits.most_common(20):
+        for line, n in gpu.waits.most_common():
             print(f"{n:8} {line}")
         print(f"on paper: {script}, {gpu.n_calls} calls, {gpu.waits.total()} waits", flush=True)
 

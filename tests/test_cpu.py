@@ -148,7 +148,7 @@ def test_block_causal_attention(by_head, dtype, n_tokens):
     ends = [20, 20, 45, n_tokens]
     end_of_token = torch.tensor([20] * 20 + [45] * 25 + [n_tokens] * (n_tokens - 45)).unsqueeze(1)
     mask = (torch.arange(n_tokens) < end_of_token) & keep[:, None, None]
-    assert_attends(attention.block_causal_attention(q, k, v, ends, keep), q, k, v, mask)
+    assert_attends(attention.BlockCausal(ends, q.device, keep)(q, k, v), q, k, v, mask)
     assert bool(by_head) == (n_tokens > 256) or not HAS_ONEDNN
 
 

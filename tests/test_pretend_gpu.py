@@ -1,5 +1,6 @@
 """Every stage on a GPU that is pretended: tensors of two devices never meet, and the pretence itself is right."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def test_generate_at_a_ratio_is_never_waited_for(settings, reference):
         gaze.to("cuda")
         video = video.to("cuda")
         gpu.copies.clear()
+        gpu.waits.clear()
         got = gaze.generate(video, **settings, reference=reference, num_copies=2)
     assert gpu.waits.total() == 1 and "pixels.py" in gpu.waits.most_common(1)[0][0], gpu.waits
     assert not gpu.copies, gpu.copies
@@ -66,6 +68,7 @@ def test_generate_at_a_ratio_is_never_waited_for(settings, reference):
 def test_generate_with_a_requirement_is_waited_for_once_per_block():
     with PaperGPU() as gpu:
         gaze, video = tiny_gaze().to("cuda"), normal_video(3).to("cuda")
+        gpu.waits.clear()
         gazing = gaze.generate(video, 0.9, torch.linspace(-3, 3, 12).view(3, 4))
     n_blocks = sum(-(-n // 3) for n in gazing["num_gazing_each_frame"].tolist())
     reads = sum(n for line, n in gpu.waits.items() if "model.py" in line)
@@ -88,6 +91,13 @@ STAGES = [
 ]
 
 
+# what the stages above have made being there: no log line, validation at the start and the end only
+QUIET = "--log_every=99 --val_every=99 --save_every=99"
+STEPS = [
+    STAGES[0] + f" {QUIET} --steps=",
+    STAGES[2] + f" {QUIET} --steps=",
+    STAGES[3] + f" {QUIET} --split=mean --ratio=0.3 --rollout_batch=4 --steps=",
+]
 ARGAZE = [
     "argaze.train config/toy_argaze.py --root=ARGAZE --out_dir=OUT/argaze --steps=2 --val_every=2 --batch_size=2 "
     "--log_every=1",
@@ -113,9 +123,8 @@ def toys(toy, tmp_path_factory):
     return {"UNIGAZE": f"{folder}/unigaze", "ARGAZE": f"{folder}/argaze", "TOY": str(toy)}
 
 
-@pytest.mark.parametrize("stages", [STAGES, ARGAZE, UNIGAZE], ids=["autogaze", "argaze", "unigaze"])
-def test_stages_never_mix_devices(toys, tmp_path, stages):
-    """One after the other in one process, each with what the ones before it have made."""
+def run_on_paper(toys, tmp_path, stages):
+    """One after the other in one process, each with what the ones before it have made. Returns what they print."""
     words = []
     for stage in stages:
         for name, folder in toys.items():
@@ -125,3 +134,23 @@ def test_stages_never_mix_devices(toys, tmp_path, stages):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("on paper: ") == len(stages)
+    return done.stdout
+
+
+@pytest.mark.parametrize("stages", [ARGAZE, UNIGAZE], ids=["argaze", "unigaze"])
+def test_stages_never_mix_devices(toys, tmp_path, stages):
+    run_on_paper(toys, tmp_path, stages)
+
+
+def test_stages_never_mix_devices_and_training_steps_never_wait(toys, tmp_path):
+    """A run of six steps waits for the GPU as often as one of two: for its validations and its end. That grad_norm is
+    asked where the weights lie is no wait on a GPU."""
+    pairs = [steps + n for steps in STEPS for n in "26"]
+    printed = run_on_paper(toys, tmp_path, STAGES + pairs)
+    waits = []
+    for run in printed.split("on paper: ")[len(STAGES):-1]:
+        lines = re.findall(r"^ *([0-9]+) (\S+\.py:.*)$", run, re.M)
+        waits.append({line: int(n) for n, line in lines if "clip_grad_norm_" not in line})
+    assert len(waits) == len(pairs)
+    for short, long in zip(waits[::2], waits[1::2], strict=True):
+        assert short == long

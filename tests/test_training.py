@@ -36,7 +36,7 @@ from gazing import (
 from lib import run as processes
 from lib.labels import pack_labels
 from lib.loader import Feed, StepSampler, divide_batch, shard
-from lib.log import Log, check_finite
+from lib.log import Log, LossCheck, check_finite
 from lib.optim import MatrixMuon, exponential, learning_rate, orthogonalize
 from model import Gaze
 from train_grpo import discounted_advantages, grpo_loss
@@ -272,6 +272,54 @@ def test_schedules():
 def test_a_loss_that_is_not_finite_stops_the_run(loss):
     with pytest.raises(FloatingPointError, match="step 7.*a/b/c.mp4"):
         check_finite(loss, 7, ["a/b/c.mp4"])
+
+
+def test_losses_and_weights_are_checked_when_asked():
+    module = torch.nn.Linear(2, 2)
+    losses = LossCheck()
+    for step, loss in enumerate([1.0, 2.0]):
+        losses.add(torch.tensor(loss), step, ["a.mp4"])
+    losses.check(module)
+    with torch.no_grad():
+        module.weight[0, 0] = math.nan
+    losses.check(module)  # no step since
+    losses.add(torch.tensor(1.0), 2, ["a.mp4"])
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 2"):
+        losses.check(module)
+    for step in (3, 4):
+        losses.add(torch.tensor(math.inf), step, [f"{step}.mp4"])
+    with pytest.raises(FloatingPointError, match="loss is inf at step 3; clips of this step: 3.mp4"):
+        losses.check()
+
+
+def test_a_broken_step_is_never_saved(run, stages, tmp_path, monkeypatch):
+    """A loss that is not finite between two log lines: the checkpoint before it stays, and the error names the step."""
+    real = train_ntp.ntp_loss
+    calls = []
+
+    def breaks(*args):
+        calls.append(1)
+        nll, error = real(*args)
+        return (nll * math.nan if len(calls) == 8 else nll), error
+    monkeypatch.setattr(train_ntp, "ntp_loss", breaks)
+    with pytest.raises(FloatingPointError, match="at step"):
+        run(train_ntp, [*NTP, "--steps=9", "--log_every=99", "--val_every=99", "--save_every=2"], "out")
+    state = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert state["step"] > 0 and all(weight.isfinite().all() for weight in state["model"].values())
+
+
+@pytest.mark.parametrize("split", ["mean", "self"])
+def test_rollouts_of_several_micro_batches_at_once(gaze, split):
+    """At a temperature that takes the best patch they are those of each micro-batch by itself."""
+    cfg = train_grpo.Config(n_frames=4, group_size=2, ratio=0.4, split=split, requirement="fixed",
+                            task_loss_requirement=0.0)
+    videos = [normal_video(2), normal_video(1, seed=5)]
+    together = train_grpo.roll_out(gaze, videos, cfg, 0, 1e-9)
+    for video, got in zip(videos, together, strict=True):
+        want, = train_grpo.roll_out(gaze, [video], cfg, 0, 1e-9)
+        for key in ("gazing_pos", "if_padded_gazing", "num_gazing_each_frame"):
+            real = ~want["if_padded_gazing"] if key == "gazing_pos" else ...
+            assert torch.equal(got[key][real], want[key][real])
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 24), (1, 16, 40), (3, 40, 16)])

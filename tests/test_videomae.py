@@ -133,20 +133,23 @@ def test_block_causal_attention(monkeypatch, L, ends, calls, with_keep):
     want = ((q @ k.mT / 8 ** 0.5).masked_fill(~mask, float("-inf")).softmax(-1)) @ v
     made, attend = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: made.append(1) or attend(*a, **kw))
-    close(attention.block_causal_attention(q, k, v, ends, keep), want, rtol=1e-4, atol=1e-5)
+    close(attention.BlockCausal(ends, q.device, keep)(q, k, v), want, rtol=1e-4, atol=1e-5)
     assert len(made) == calls
 
 
 def test_long_sequences_give_the_same_picture(mae, video, monkeypatch):
     """Above 1024 tokens attention runs block by block."""
-    gazing, attend, shift = padded_gazing(3), videomae.block_causal_attention, 1100
+    gazing, shift = padded_gazing(3), 1100
     want = mae(video, gazing, [1, 3])
 
-    def padded(q, k, v, ends, keep):  # tokens that nobody may see behind the real ones
-        q, k, v = (F.pad(x, (0, 0, 0, shift)) for x in (q, k, v))
-        keep = torch.ones(len(q), ends[-1], dtype=torch.bool) if keep is None else keep
-        return attend(q, k, v, [*ends, ends[-1] + shift], F.pad(keep, (0, shift)))[:, :, :ends[-1]]
-    monkeypatch.setattr(videomae, "block_causal_attention", padded)
+    class Padded(attention.BlockCausal):  # tokens that nobody may see behind the real ones
+        def __init__(self, ends, device, keep):
+            keep = torch.ones(3, ends[-1], dtype=torch.bool) if keep is None else keep
+            super().__init__([*ends, ends[-1] + shift], device, F.pad(keep, (0, shift)))
+
+        def __call__(self, *qkv):
+            return super().__call__(*(F.pad(x, (0, 0, 0, shift)) for x in qkv))[:, :, :-shift]
+    monkeypatch.setattr(videomae, "BlockCausal", Padded)
     for a, b in zip(mae(video, gazing, [1, 3]), want, strict=True):
         close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -322,8 +325,8 @@ def vitmae():
 
 def test_start_weights(tmp_path, mae, monkeypatch):
     """A folder of transformers' ViTMAE: one frame seen at one scale is then reconstructed as it does."""
-    monkeypatch.setattr(videomae, "block_causal_attention",  # there CLS sees all, not only itself
-                        lambda q, k, v, ends, keep: F.scaled_dot_product_attention(q, k, v))
+    monkeypatch.setattr(videomae, "BlockCausal",  # there CLS sees all, not only itself
+                        lambda ends, device, keep: F.scaled_dot_product_attention)
     theirs, image, noise = vitmae(), normal_video(2, 1), torch.arange(16.0).expand(2, 16)
     with torch.no_grad():
         theirs.vit.embeddings.cls_token.normal_()
