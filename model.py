@@ -42,11 +42,12 @@ from gazing import (
     per_row,
     rows,
     split_frames,
+    to_budgets,
     to_masks,
     where_slots_are_predicted,
 )
 from lib.attention import causal_attention
-from lib.cpu import Linear, conv3d, linear, pack
+from lib.cpu import Linear, add_linear, conv3d, linear, pack, rms_norm
 from lib.cuda_graph import replay
 from lib.loader import send
 from lib.pixels import check_tensor, check_video
@@ -184,20 +185,20 @@ def rope_frequencies(c, device):
     return kept * freq + (1 - kept) * freq / c.rope_factor
 
 
-def rope_tables(c, n_tokens, like):
-    """What rotate() needs at positions 0, 1, 2, …: cos and sin (n_tokens, d), in the type of the tensor `like`."""
-    positions = torch.arange(n_tokens, device=like.device)
-    angle = positions.unsqueeze(1) * rope_frequencies(c, like.device)
-    cos = angle.cos().to(like.dtype)
-    sin = angle.sin().to(like.dtype)
-    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+def rope_turns(c, n_tokens, device):
+    """Complex factors that rotate queries, keys and values at positions 0, 1, 2, …: (n_tokens, 3, 1, d / 2), the same
+    for all heads. Those of values are 1: one product serves all three."""
+    positions = torch.arange(n_tokens, device=device)
+    angle = positions.unsqueeze(1) * rope_frequencies(c, device)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    return torch.stack([turn, turn, torch.ones_like(turn)], dim=1).unsqueeze(2)
 
 
-def rotate(x, cos, sin):
-    """Half-split rotation of x (…, L, d): its halves a, b become a·cos - b·sin, b·cos + a·sin. cos (…, L, d) holds
-    [cos, cos] and sin [-sin, sin], which takes three passes over x in place of seven."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
+def rotate(x, turns):
+    """x (B, L, 3, H, d), whose neighbours along d are the parts of complex numbers; turns (…, L, 3, 1, d / 2)."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(pairs) * turns
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def take(x, index):
@@ -208,15 +209,11 @@ def take(x, index):
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):  # in float32, whatever the types of x and weight
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
-
-
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.num_heads = c.num_heads
+        self.eps = c.rms_norm_eps
         self.self_attn = nn.ModuleDict({
             "q_proj": nn.Linear(c.hidden_size, c.hidden_size, bias=False),
             "k_proj": nn.Linear(c.hidden_size, c.hidden_size, bias=False),
@@ -226,22 +223,29 @@ class Layer(nn.Module):
             "gate_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=False),
             "up_proj": nn.Linear(c.hidden_size, c.intermediate_size, bias=False),
             "down_proj": nn.Linear(c.intermediate_size, c.hidden_size, bias=False)})
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size)
 
     def joined_weights(self):
         """The weights that the same input meets, as one matrix each: q, k, v (3·D, D), their output (D, D), gate and up
-        (2·M, D), down (D, M)."""
+        (2·M, D), down (D, M). The norms' weights scale the columns of what follows them."""
         attn, mlp = self.self_attn, self.mlp
-        qkv = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
+
+        # RoPE rotates numbers of a head's first half with those of its second: put them side by side
+        def in_pairs(weight):
+            return weight.unflatten(0, (self.num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+        qkv = torch.cat([in_pairs(attn.q_proj.weight), in_pairs(attn.k_proj.weight), attn.v_proj.weight])
+        qkv = qkv * self.input_layernorm.weight
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        gate_up = gate_up * self.post_attention_layernorm.weight
         return qkv, attn.o_proj.weight, gate_up, mlp.down_proj.weight
 
-    def forward(self, x, cos, sin, query_index=None):
+    def forward(self, x, turns, query_index=None):
         """x (B, L, D) -> (B, L, D), causal. With query_index (B, Q) only these tokens are returned, (B, Q, D); the
         others still serve as keys and values."""
         qkv, out, gate_up, down = self.joined_weights()
-        q, k, v = self.project(x, cos, sin, qkv)
+        q, k, v = self.project(x, turns, qkv)
         if query_index is None:
             y = causal_attention(q, k, v)
         else:
@@ -251,32 +255,24 @@ class Layer(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.unsqueeze(1))
         return self.finish(x, y, out, gate_up, down)
 
-    def project(self, x, cos, sin, qkv):
-        """Before attention: x (B, L, D) -> queries, keys and values (B, H, L, d)."""
-        n_heads = self.num_heads
-        y = self.input_layernorm(x)
+    def project(self, x, turns, qkv):
+        """Before attention: x (B, L, D) -> queries, keys and values (3, B, H, L, d)."""
+        y = rms_norm(x, self.eps)
         y = linear(y, qkv)
-        y = y.unflatten(2, (3 * n_heads, -1))
-        y = y.transpose(1, 2)  # (B, 3·H, L, d)
-
-        # queries and keys are rotated together
-        qk, v = y.split([2 * n_heads, n_heads], dim=1)
-        qk = rotate(qk, cos, sin)
-        qk = qk.to(v.dtype)  # autocast halves v
-        q, k = qk.chunk(2, dim=1)
-        return q, k, v
+        y = y.unflatten(2, (3, self.num_heads, -1))
+        return rotate(y, turns).permute(2, 0, 3, 1, 4)
 
     def finish(self, x, y, out, gate_up, down):
         """After attention: x (B, L, D), and y (B, H, L, d) that it found -> (B, L, D)."""
         y = y.transpose(1, 2).flatten(2)
-        x = x + linear(y, out)
+        x = add_linear(x, y, out)
 
         # SwiGLU
-        y = self.post_attention_layernorm(x)
+        y = rms_norm(x, self.eps)
         y = linear(y, gate_up)
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
-        return x + linear(y, down)
+        return add_linear(x, y, down)
 
 
 class Decoder(nn.Module):
@@ -285,16 +281,16 @@ class Decoder(nn.Module):
         self.config = c
         self.embed_tokens = nn.Embedding(c.num_ids + 1, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = nn.RMSNorm(c.hidden_size)
 
     def forward(self, x, query_index=None):
         """x (B, L, D) -> (B, L, D) before the final norm, or (B, Q, D), the tokens at query_index (B, Q)."""
-        cos, sin = rope_tables(self.config, x.shape[1], x)
+        turns = rope_turns(self.config, x.shape[1], x.device)
         for layer in self.layers[:-1]:
-            x = layer(x, cos, sin)
+            x = layer(x, turns)
 
         # only the last layer leaves tokens out: the keys and values of all are needed up to there
-        return self.layers[-1](x, cos, sin, query_index)
+        return self.layers[-1](x, turns, query_index)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,7 +407,7 @@ class Gaze(nn.Module):
 
         # run, and read the heads of the tokens that predict
         h = self.decoder(tokens, query_index=query_index)
-        h = self.decoder.norm(h)  # (rows, Q, D)
+        h = rms_norm(h, self.config.rms_norm_eps) * self.decoder.norm.weight  # (rows, Q, D)
         logits = self.lm_head(h)
         logits = logits.unflatten(2, (K, V + 1)).flatten(1, 2)  # (rows, Q·K, V + 1)
         logits = logits[:, head_of_slot].float()  # (rows, N, V + 1)
@@ -541,7 +537,7 @@ class Gaze(nn.Module):
         stream = stream_class(self, ratio, requirement, temperature, generator)
 
         # room for the usual clip: a frame during which the cache has to grow takes up to twice its time
-        n_slots = min(int(stream.budget(0).max()), self.config.num_ids // 4)
+        n_slots = min(max(stream.budget(0)), self.config.num_ids // 4)
         stream.reserve(self.config.max_num_frames * (self.config.ids_per_scale[-1] + n_slots))
         return stream
 
@@ -580,7 +576,8 @@ class GazeStream:
     clips have the same number, attention needs no mask, and nothing is read from the device or copied to it.
     """
 
-    allowed = None  # (V,) bool: ids that may be chosen; none: all
+    allowed = None      # (V,) bool: ids that may be chosen; none: all
+    n_likeliest = None  # samples are drawn from so many of the likeliest patches; none: from all
 
     def __init__(self, model, ratio, requirement, temperature, generator):
         self.model = model
@@ -601,7 +598,7 @@ class GazeStream:
             for layer in model.decoder.layers:
                 self.weights.append([pack(weight.to(dtype)) for weight in layer.joined_weights()])
             heads = [model.lm_head.weight, model.task_loss_prediction_head.weight]
-            self.heads = torch.cat(heads).to(dtype)
+            self.heads = (torch.cat(heads) * model.decoder.norm.weight).to(dtype)
 
         c = self.config
         B = len(ratio)
@@ -611,6 +608,9 @@ class GazeStream:
         shape = (c.num_layers, 2, B, c.num_heads, 0, c.hidden_size // c.num_heads)
         self.cache = torch.empty(shape, dtype=dtype, device=self.device)
         self.lengths = [0] * B          # tokens of each clip in the cache
+
+        self.has_requirement = bool((requirement > -math.inf).any())
+        self.is_padding = torch.arange(c.num_ids + 1, device=self.device).expand(B, -1) == c.num_ids
 
         # the last block of gazes (B, n), and how many of each clip's are real: these come first
         self.block = torch.zeros(B, 0, dtype=torch.long, device=self.device)
@@ -644,7 +644,7 @@ class GazeStream:
         T, P = vision.shape[1:3]
         n_tokens = T * P
         for t in range(T):
-            n_tokens += int(self.budget(t).max())
+            n_tokens += max(self.budget(t))
         self.reserve(n_tokens)
 
         frames = []
@@ -663,14 +663,12 @@ class GazeStream:
             larger = self.cache.new_zeros(shape)
             larger[..., :room, :] = self.cache
             self.cache = larger
-            self.cos, self.sin = rope_tables(self.config, shape[4], self.model.pos_embed)
+            self.turns = rope_turns(self.config, shape[4], self.device)
 
     def budget(self, t):
-        """(B,) most patches of frame t, at least one."""
-        # 1e-4: a ratio written as n / V must give n, whatever the rounding
+        """Most patches of frame t, at least one: a number for each clip."""
         ratio = at_frame(self.ratio, t, "gazing_ratio")
-        n_patches = ratio * self.config.num_ids + 1e-4
-        return n_patches.long().clamp(min=1)
+        return to_budgets(ratio.tolist(), self.config.num_ids)
 
     def gaze_frame(self, vision):
         """vision (B, P, D) -> ids within the frame (B, n_t) and padding (B, n_t)."""
@@ -680,18 +678,17 @@ class GazeStream:
 
         # If no clip can stop early, skip the test: reading it would synchronise the GPU after every block.
         budget = self.budget(self.frame)
-        requirement = at_frame(self.requirement, self.frame, "task_loss_requirement")
-        n_slots = int(budget.max())
-        may_stop = bool(budget.min() < n_slots or requirement.max() > -math.inf)
+        n_slots = max(budget)
+        may_stop = min(budget) < n_slots or self.has_requirement
         if may_stop:
-            budget = send(budget, self.device).unsqueeze(1)
+            requirement = at_frame(self.requirement, self.frame, "task_loss_requirement")
+            budget = send(torch.tensor(budget), self.device).unsqueeze(1)
             requirement = send(requirement, self.device).unsqueeze(1)
 
-        # the padding id and what has been chosen in this frame
-        banned = torch.zeros(B, V + 1, dtype=torch.bool, device=self.device)
-        banned[:, V] = True
+        # the padding id, and what has been chosen in this frame
+        banned = self.is_padding
         if self.allowed is not None:
-            banned[:, :V] = ~self.allowed
+            banned = banned | ~F.pad(self.allowed, (0, 1))
         stopped = torch.zeros(B, 1, dtype=torch.bool, device=self.device)
         all_stopped = False
         frame_ids = []
@@ -726,7 +723,7 @@ class GazeStream:
                 ids, padded = self.trim(ids, padded, longest)
                 frame_padded.append(padded)
 
-            banned.scatter_(1, ids, True)
+            banned = banned.scatter(1, ids, True)
             frame_ids.append(ids)
             if all_stopped:
                 break
@@ -740,7 +737,7 @@ class GazeStream:
         """h (B, D) -> logits (B, K, V + 1) and predicted losses (B, K)."""
         V = self.config.num_ids
         K = self.config.num_multi_token_pred
-        h = self.model.decoder.norm(h)
+        h = rms_norm(h, self.config.rms_norm_eps)
         y = linear(h, self.heads).float()
         logits, predicted_loss = y.split([K * (V + 1), K], dim=1)
         return logits.unflatten(1, (K, V + 1)), predicted_loss
@@ -748,27 +745,27 @@ class GazeStream:
     def choose(self, logits):
         """logits (B, n, V + 1) of n slots, -inf at banned ids -> distinct ids (B, n). Changes the logits."""
         # to draw from a softmax, add Gumbel noise and take the best
-        noise = None
+        noise = 0
         if self.temperature > 0:
             logits = logits / self.temperature
             noise = torch.empty_like(logits).exponential_(generator=self.generator)
             noise = noise.clamp_(min=1e-8).log_().neg_()  # without the limit, a 0 would win against -inf
+        if self.n_likeliest is None and self.temperature > 0:
+            logits += noise
 
-        ids = []
-        for i in range(logits.shape[1]):
-            patch = self.best(logits[:, i], None if noise is None else noise[:, i])
-            ids.append(patch)
+        B, n = logits.shape[:2]
+        ids = torch.empty(B, n, 1, dtype=torch.long, device=self.device)
+        for i in range(n):
+            scores = logits[:, i]
+            if self.n_likeliest is not None and self.temperature > 0:
+                lowest = scores.topk(min(self.n_likeliest, scores.shape[1])).values[:, -1:]
+                scores = scores.masked_fill(scores < lowest, -math.inf) + noise[:, i]
+            torch.argmax(scores, dim=1, keepdim=True, out=ids[:, i])
 
             # no later slot takes the same patch
-            index = patch.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
-            logits.scatter_(2, index, -math.inf)
-        return torch.stack(ids, dim=1)
-
-    def best(self, logits, noise):
-        """logits (B, V + 1), noise that is added to them, or None -> patch ids (B,)."""
-        if noise is not None:
-            logits = logits + noise
-        return logits.argmax(-1)
+            if i < n - 1:
+                logits.scatter_(2, ids[:, i:i + 1].expand(-1, n, -1), -math.inf)
+        return ids.squeeze(2)
 
     def pad(self, stopped, finished):
         """Which slots of a block are padded (B, n): those of clips that stopped before (B, 1), and those from the first
@@ -798,16 +795,14 @@ class GazeStream:
             index, mask = self.places(x.shape[1], end)
         self.lengths = lengths
         positions = self.positions(index, vision)
-        cos = self.cos[positions].unsqueeze(-3)  # the same for all heads
-        sin = self.sin[positions].unsqueeze(-3)
-
+        turns = self.turns[positions]
         layers = self.model.decoder.layers
         for i, layer in enumerate(layers):
             qkv, out, gate_up, down = self.weights[i]
-            q, k, v = layer.project(x, cos, sin, qkv)
+            qkv = layer.project(x, turns, qkv)  # (3, B, H, n, d)
+            q = qkv[0]
+            put(self.cache[i], index, qkv[1:])
             keys, values = self.cache[i]  # (B, H, room, d)
-            put(keys, index, k)
-            put(values, index, v)
             keys = keys[:, :, :end].to(q.dtype)
             values = values[:, :, :end].to(q.dtype)
 
@@ -855,6 +850,8 @@ class ReferenceStream(GazeStream):
     - Clips that stop at different slots influence each other, so generate() runs them one by one.
     """
 
+    n_likeliest = 50
+
     @staticmethod
     def needs_single_clips(ratio, requirement):
         return bool((requirement > -math.inf).any() or (ratio != ratio[:1]).any())
@@ -875,17 +872,12 @@ class ReferenceStream(GazeStream):
     def trim(self, ids, padded, longest):
         return ids, padded
 
-    def best(self, logits, noise):
-        if noise is not None and logits.shape[-1] > 50:
-            lowest = logits.topk(50).values[:, -1:]
-            logits = logits.masked_fill(logits < lowest, -math.inf)
-        return super().best(logits, noise)
-
 
 def put(cache, index, new):
-    """Write keys or values (B, H, n, d) into a cache (B, H, room, d), at a slice of its tokens or at index (B, n)."""
+    """Write keys and values (2, B, H, n, d) into a layer's cache (2, B, H, room, d), at a slice of its tokens or at
+    index (B, n)."""
     if isinstance(index, slice):
-        cache[:, :, index] = new
+        cache[:, :, :, index] = new
     else:
         index = index[:, None, :, None].expand_as(new)
-        cache.scatter_(2, index, new.to(cache.dtype))
+        cache.scatter_(3, index, new.to(cache.dtype))

@@ -23,11 +23,12 @@ def causal_attention(q, k, v):
     if q.device.type == "cuda":
         mask = causal_lower_right(n_queries, n_tokens)
     else:
-        mask = causal_mask(n_queries, n_tokens, q.dtype, q.device)
+        room = -(-n_tokens // 1024) * 1024
+        mask = causal_mask(n_queries, room, q.dtype, q.device)[:, room - n_tokens:]
     return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-@functools.lru_cache(maxsize=4)   # all layers ask for the same one
+@functools.lru_cache(maxsize=4)   # made for many lengths: for fewer tokens, columns are left out on the left
 @torch.inference_mode(False)      # a mask made for inference could not be used with gradients later
 def causal_mask(n_queries, n_tokens, dtype, device):
     """(q, L) to add to scores: 0 where the i-th of the last q tokens may look, itself included, else -inf."""

@@ -38,6 +38,17 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+def add_linear(x, y, weight):
+    """x + linear(y, weight), x (…, N), y (…, K); where it can be, as one product that adds to x."""
+    is_large = y.numel() * len(weight) > MIN_MULTIPLICATIONS and onednn_pays(y)
+    if weight.is_mkldnn or is_large or not x.dtype == y.dtype == weight.dtype:
+        return x + linear(y, weight)
+    if torch.is_autocast_enabled(x.device.type):  # it would halve x too
+        return x + linear(y, weight)
+    total = torch.addmm(x.flatten(0, -2), y.flatten(0, -2), weight.T)
+    return total.view(x.shape)
+
+
 class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
@@ -97,6 +108,18 @@ class OneDNNLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             bias_grad = grad_rows.sum(0)
         return x_grad, weight_grad, bias_grad
+
+
+def rms_norm(x, eps):
+    """F.rms_norm without weights over the last dimension, in float32 whatever the type of x: x (…, D) -> (…, D)."""
+    y = x.float()
+    if x.is_cuda:
+        return F.rms_norm(y, y.shape[-1:], eps=eps).to(x.dtype)  # one kernel
+
+    # on a CPU, torch's takes twice as many passes
+    length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    root = torch.hypot(length * y.shape[-1] ** -0.5, y.new_tensor(eps ** 0.5))
+    return (y / root).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def test_a_ratio_written_as_n_over_v_gives_n(dtype, scales):
     n_ids = gaze.config.num_ids
     n = torch.arange(1, n_ids + 1)
     stream = gaze.stream(gazing_ratio=(n.to(dtype) / n_ids))
-    assert [int(stream.budget(t)) for t in range(n_ids)] == n.tolist()
+    assert [max(stream.budget(t)) for t in range(n_ids)] == n.tolist()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -246,7 +246,7 @@ def test_budgets_follow_the_rule_of_generate(gaze):
     ratios = [0.0, 0.049, 0.05, 3 / 20, 0.1499, 7 / 20, 0.999, 1.0]
     stream = gaze.stream(gazing_ratio=ratios)
     assert to_budgets(ratios, V) == [1, 1, 1, 3, 2, 7, 19, 20]
-    assert [int(stream.budget(t)) for t in range(len(ratios))] == [1, 1, 1, 3, 2, 7, 19, 20]
+    assert [max(stream.budget(t)) for t in range(len(ratios))] == [1, 1, 1, 3, 2, 7, 19, 20]
     gazing = random_gazing([3, 20, 1], 5, V, torch.Generator().manual_seed(0))
     for t, (ids, padded) in enumerate(split_frames(gazing)):
         assert not padded.any() and (ids // V == t).all() and all(len(set(r)) == len(r) for r in ids.tolist())
