@@ -290,7 +290,7 @@ def damaged_config(folder, make, change):
         (lambda state: state["state"][0]["exp_avg"].resize_(1), r"exp_avg is \(1,\), its weight \(2, 2\)"),
         (lambda state: state["state"][0]["exp_avg"].fill_(math.nan), "exp_avg holds NaN"),
         (lambda state: state["param_groups"][0].pop("lr"), "lr"),
-        (lambda state: state["param_groups"][0].update(lr="x"), "TypeError"),
+        (lambda state: state["param_groups"][0].update(lr="x"), "str"),
         (lambda state: state.pop("param_groups"), "param_groups"))),
     (lambda f, toy: StepSampler(9, 1, 0, 1, 0, 0, 7, 1), ValueError, "checkpoint is of step 7, this run ends at 1"),
     (lambda f, toy: call(train_ntp, *SIZES, f"--init_from={f}"), FileNotFoundError, "has no config.json"),
