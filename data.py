@@ -254,13 +254,15 @@ def count_frames(path):
             stream = video_stream(container, path)
             claimed = stream.frames
 
-            # a frame takes a byte at least; headers of fragmented files count the first fragment only
+            # a frame takes a byte at least; headers of fragmented files count the first fragment only, and those with
+            # an edit list also what it cuts off
             by_duration = 0
             if stream.duration and stream.average_rate:
                 by_duration = float(stream.duration * stream.time_base * stream.average_rate)
-            if by_duration / 2 < claimed <= os.path.getsize(path):
+            is_close = abs(claimed - by_duration) < 2 + claimed / 1000
+            if is_close and claimed <= os.path.getsize(path):
                 return claimed
-            return sum(1 for packet in container.demux(stream) if packet.size)
+            return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{path}: cannot be read as a video: it is none, or was cut off ({error})") from error
 

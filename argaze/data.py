@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import warnings
+from bisect import bisect_right
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -136,8 +137,12 @@ def read_frames(clip, frames):
     if max(images) < least:
         raise VideoError(f"{clip.path} ends before its frame {least}, frame {max(wanted)} is needed: it was cut short, "
                          "or the list names another clip")
-    last = images[max(images)]
-    return [images.get(i, last) for i in wanted]
+    numbers = sorted(images)
+    pictures = []
+    for i in wanted:  # one that is missing is as the one before it
+        place = max(0, bisect_right(numbers, i) - 1)
+        pictures.append(images[numbers[place]])
+    return pictures
 
 
 @functools.lru_cache(256)

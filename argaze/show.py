@@ -18,6 +18,7 @@ Dimension key: H x W source size, R side of what the model sees, h x w heat map.
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m argaze.show …")
 
+import signal
 import sys
 import time
 import warnings
@@ -156,6 +157,7 @@ def main():
     first = next(frames)
     rows = []
     start = time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the film ends, and is whole
     with VideoWriter(out, first[0]) as film:
         try:
             show(cfg, model, device, chain([first], frames), film, rows)

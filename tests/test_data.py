@@ -258,6 +258,34 @@ def test_frames_are_counted_where_the_header_cannot_be_right(tmp_path):
     assert data.count_frames(tmp_path / "lie.avi") == 50
 
 
+def test_what_an_edit_list_cuts_off_is_neither_counted_nor_decoded(tmp_path):
+    movie = bytearray(write(tmp_path / "a.mp4", grey(range(0, 250, 5))).read_bytes())
+    at = movie.index(b"elst") + 12
+    duration, begin = struct.unpack(">Ii", movie[at:at + 8])
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        one_frame = int(1 / (8 * container.streams.video[0].time_base))
+    movie[at:at + 8] = struct.pack(">Ii", duration * 33 // 50, begin + 17 * one_frame)
+    (tmp_path / "cut.mp4").write_bytes(movie)
+    frames = [image for _, image in data.decode(tmp_path / "cut.mp4", range(50))]
+    assert data.count_frames(tmp_path / "cut.mp4") == len(frames) == 33
+    assert frames[0].mean() == pytest.approx(85, abs=2)
+
+
+def test_a_frame_that_is_lost_does_not_shift_those_behind_it(tmp_path):
+    """Here all bytes of frame 5; its place is taken by the frame before."""
+    whole = write(tmp_path / "a.mkv", grey(range(0, 200, 10)))
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "hole.mkv"), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                copy = av.Packet(bytes(packet.size) if packet.pts == 5 * 125 else bytes(packet))
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                container.mux(copy)
+    got = dict(data.decode(tmp_path / "hole.mkv", range(20)))
+    assert len(got) > 15 and all(abs(image.mean() - 10 * i) < 12 for i, image in got.items())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # pixels
 

@@ -31,6 +31,7 @@ if not __package__:
 
 import csv
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -373,24 +374,29 @@ def run(cfg, model, device):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     pairs = []
-    with open(out / "gaze.csv", "w", newline="") as file:
+    sources = list_sources(cfg.video)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was seen is kept, and is whole
+    with video_out.written_whole(out / "gaze.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
-        sources = list_sources(cfg.video)
         for source in sources:
             try:
-                pairs += show_source(source, cfg, setup, model, device, table)
+                is_stopped = show_source(source, cfg, setup, model, device, table, pairs)
             except VideoError as error:
                 if len(sources) == 1:
                     raise
                 print(f"skipped: {error}")
+                continue
+            if is_stopped:
+                break
     if cfg.targets:
         calibrate.save(out / "calibration.json", pairs)
     print(f"{out}: pictures with arrows, gaze.csv")
 
 
-def show_source(source, cfg, setup, model, device, table):
-    """Write what is seen in one picture, film or stream. Returns pairs of (predicted, true) angles for --targets."""
+def show_source(source, cfg, setup, model, device, table, pairs):
+    """Write what is seen in one picture, film or stream. pairs gets (predicted, true) angles for --targets. Returns
+    whether it was stopped by Ctrl-C or SIGTERM."""
     live = not Path(source).is_file()
     name = "live" if live else Path(source).name.replace(".", "_")              # a.jpg and a.png may lie side by side
     out = Path(cfg.out)
@@ -398,7 +404,7 @@ def show_source(source, cfg, setup, model, device, table):
     frames = turn_back(frames) if cfg.mirror else frames
     seen = look(islice(frames, cfg.max_frames), 1 if live else cfg.batch_size, cfg, setup, model, device)
 
-    pairs = []
+    is_stopped = False
     n_frames = 0
     n_empty = 0
     n_faces = 0
@@ -433,9 +439,10 @@ def show_source(source, cfg, setup, model, device, table):
                     film = stack.enter_context(video_out.VideoWriter(out / f"{name}.mp4", frame.rate / cfg.every))
                 film.write(picture)
         except KeyboardInterrupt:
+            is_stopped = True
             print("stopped; what was seen so far is kept")
     print(f"{source}: {n_frames} frames, {n_empty} without a face, {n_faces} faces, {n_turned_away} more turned away")
-    return pairs
+    return is_stopped
 
 
 def main():
