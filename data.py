@@ -260,7 +260,7 @@ def count_frames(path):
             if stream.duration and stream.average_rate:
                 by_duration = float(stream.duration * stream.time_base * stream.average_rate)
             is_close = abs(claimed - by_duration) < 2 + claimed / 1000
-            if is_close and claimed <= os.path.getsize(path):
+            if is_close and 0 < claimed <= os.path.getsize(path):
                 return claimed
             return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
     except (av.FFmpegError, OSError, ValueError) as error:
