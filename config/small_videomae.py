@@ -1,11 +1,11 @@
-# The reconstructor of the small model: 64 px, 84 patch ids per frame, 8 frames, 1 M parameters, real videos.
+# The reconstructor of the small model: 64 px, 21 patch ids per frame, 8 frames, 1.1 M parameters, real videos.
 root = "data/small"     # make_data.py cut config/small_data.py makes it
 out_dir = "out/small/videomae"
 n_frames = 8
-crop = "random"         # there are few videos
-n_workers = 1
-scales = "16+32+64"     # 4 + 16 + 64 ids
-patch_size = 8
+cache = True
+n_workers = 0
+scales = "16+32+64"     # 1 + 4 + 16 ids
+patch_size = 16
 max_num_frames = 8
 hidden_size = 128
 num_hidden_layers = 4
@@ -16,14 +16,15 @@ decoder_num_hidden_layers = 1   # shallow learns to copy from earlier frames soo
 decoder_num_attention_heads = 4
 decoder_intermediate_size = 256
 initializer_range = 0.1
+ratio_min = 0.05
 ratio_max = 0.5
 ratio_rate = 8.0
 recon_frames = 2
-steps = 2400
+steps = 2800
 batch_size = 32
 micro_batch = 0
 optimizer = "muon"
 lr = 6e-3
-val_every = 2400
+val_every = 700
 save_every = 250
 val_clips = 548
