@@ -83,6 +83,9 @@ def upright(image, frame):
     """Turn and mirror an array (H, W, ...) that was made of `frame` as the frame's display matrix says. Other angles
     than quarter turns are taken as the nearest one."""
     x_axis, y_axis = display_matrix(frame)
+    shorter, longer = sorted(abs(x_axis))
+    if shorter > 0.02 * longer:  # Python says it once
+        warnings.warn("a video wants to be turned by no quarter turn: the nearest one is taken", stacklevel=2)
     is_transposed = abs(x_axis[1]) > abs(x_axis[0])
     if is_transposed:
         image = image.swapaxes(0, 1)

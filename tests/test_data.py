@@ -217,6 +217,12 @@ def test_turned_and_mirrored_videos_come_upright(tmp_path, matrix, want):
     assert got.shape == want.shape and (got.float() - want.float()).abs().mean() < 2
 
 
+def test_an_angle_other_than_a_quarter_turn_is_said(tmp_path):
+    path = with_display_matrix(write(tmp_path / "a.mp4", grey([60, 60])), tmp_path / "turned.mp4", (2, 1, -1, 2))
+    with pytest.warns(UserWarning, match="nearest one is taken"):
+        assert data.read_frames(path, 2).shape == (2, 3, 32, 48)
+
+
 @pytest.mark.parametrize("name", ["12:30.mp4", "file:x.mp4", "a b%20?.mp4", os.fsdecode(b"\xff\xe4.mp4")])
 def test_files_of_any_name(tmp_path, name):
     os.rename(write(tmp_path / "a.mp4", grey(range(0, 200, 10))), tmp_path / name)
