@@ -1,6 +1,7 @@
 """Where does the model look in my video?
 
-    python show.py --video=my.mp4 --ckpt=out/toy/grpo --videomae=out/toy/videomae
+    python show.py --video=my.mp4                                                   # by the model in weights/small
+    python show.py --video=my.mp4 --ckpt=out/toy/grpo --videomae=out/toy/videomae   # by your own
     python show.py --video=my.mp4 --gazing_ratio=0.05 --start=12 --duration=10      # ten seconds from 12 s on
     python show.py --video=my.mp4 --scale=1 --fps=2                                 # whole frames at native size
     python show.py --video=/dev/video0                                              # live; also a pipe (-: stdin), URL
@@ -51,13 +52,16 @@ from lib.weights import is_hub_id
 from model import Gaze
 from videomae import VideoMAE, check_fit
 
+SMALL = Path(__file__).parent / "weights" / "small"  # trained on real videos, see the README there
+
 
 @dataclass
 class Config:
     video: str = ""                    # the file to look at; live: a camera (/dev/video0), a pipe (-: stdin), a URL
     live: bool | None = None           # gaze at frames one by one as they come; none: if video is no regular file
-    ckpt: str = "out/toy/grpo"         # gaze model: a folder or a hub id
-    videomae: str | None = None        # reconstructor of the same scales, a folder or file; none: no reconstruction
+    ckpt: str = "small"                # gaze model: small (that in weights/small), a folder or a hub id
+    videomae: str | None = None        # reconstructor of the same scales, a folder or file; none: that of ckpt=small
+                                       # for a file's centre square, else no reconstruction
     out: str | None = None             # folder for the results; none: out/gaze/<name of the video>
     # how much to look; both none: the model's own settings
     gazing_ratio: float | None = None  # share of the patch ids that each frame may take
@@ -86,6 +90,12 @@ class Config:
             raise ValueError(f"scale={self.scale} must lie in (0, 4]; 1 is the video's own size")
         if self.fps is not None and not 0.001 <= self.fps <= 1000:
             raise ValueError(f"fps={self.fps} must lie in 0.001 to 1000")
+
+        # the repository's own model comes with a reconstructor
+        if self.ckpt == "small":
+            self.ckpt = str(SMALL / "gaze")
+            if self.videomae is None and self.scale is None and not self.is_live():
+                self.videomae = str(SMALL / "videomae")
 
     def is_live(self):
         if self.live is not None:

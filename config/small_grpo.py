@@ -19,6 +19,7 @@ lr = 2e-4
 batch_size = 4
 micro_batch = 0
 steps = 1600
+val_ratio = 0.2
 val_clips = 128
 val_every = 200
 save_every = 200

@@ -24,6 +24,7 @@ lr = 2e-3
 lr_end = 2e-5
 lr_schedule = "linear_w_warmup"
 warmup = 0.05
+val_ratio = 0.2
 val_clips = 128
 val_every = 500
 save_every = 500

@@ -1,5 +1,5 @@
 """show.py from the command line, on a small random model and generated videos. GAZE_CLIPS=folder python -m pytest
-tests/test_gaze_cli.py also looks at the first video of that folder."""
+tests/test_show.py also looks at the first video of that folder."""
 import contextlib
 import io
 import json
@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import make_data
 import show
 from data import VIDEO_SUFFIXES, VideoError, read_frames, to_model_pixels
 from model import Gaze, GazeConfig
@@ -119,6 +120,32 @@ def test_video_with_reconstruction(folder):
         rows, columns = (np.flatnonzero((grey > 150)[keep][:, keep].any(axis)) for axis in (1, 0))
         for found in (np.flatnonzero(keep)[rows], np.flatnonzero(keep)[columns]):
             assert abs(found.min() - 0.625 * PANEL) < 14 and abs(found.max() - 0.875 * PANEL) < 14, (panel, found)
+
+
+def test_without_a_model_the_one_of_the_repository_looks(folder):
+    write(folder / "plain.mp4", 3, 48, 64)
+    with mock.patch("sys.argv", ["show.py", "--device=cpu", f"--video={folder / 'plain.mp4'}", f"--out={folder}"]):
+        show.main()
+    about = json.loads((folder / "gaze.json").read_text())
+    assert about["frames"] == 3
+    assert about["reconstruction_loss"] > 0
+
+
+def test_the_repositorys_model_looks_better_than_chance_at_clips_unlike_those_it_knows():
+    gaze = Gaze.from_pretrained(show.SMALL / "gaze")
+    mae = VideoMAE.from_pretrained(show.SMALL / "videomae").freeze()
+    toy = make_data.ToyConfig(height=64, width=64, n_frames=8)
+    clips = torch.stack([torch.from_numpy(make_data.render_clip(np.random.default_rng(i), toy)) for i in range(8)])
+    video = to_model_pixels(clips.movedim(-1, 2))
+    out = gaze.generate(video, gazing_ratio=0.3)
+
+    # as many patches of each frame at random
+    draw = torch.Generator().manual_seed(0)
+    ids = []
+    for t, n in enumerate(out["num_gazing_each_frame"].tolist()):
+        ids.append(torch.rand(8, 21, generator=draw).topk(n).indices + 21 * t)
+    chance = dict(out, gazing_pos=torch.cat(ids, dim=1))
+    assert mae(video, out, range(8))[1].mean() < 0.95 * mae(video, chance, range(8))[1].mean()
 
 
 def test_part_of_a_video(folder):
