@@ -1,8 +1,11 @@
+# make install   into .venv
 # make toy    install, then all stages on generated videos (10 to 18 minutes on 2 CPU cores)
 # make test   install, then the tests
 # make lint   install, then ruff
 PYTHON ?= python3
 VENV = .venv/installed
+
+install: $(VENV)
 
 toy: $(VENV)
 	PYTHON=.venv/bin/python bash toy.sh
@@ -19,4 +22,4 @@ $(VENV): requirements.txt
 	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.PHONY: toy test lint
+.PHONY: install toy test lint
