@@ -13,15 +13,9 @@ from gazing import random_gazing
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    monkeypatch.setattr(bench, "GAZE", tiny_gaze().config)
-    monkeypatch.setattr(bench, "MAE", tiny_mae().config)
-    monkeypatch.setattr(bench, "SIGLIP", sizes)
-
-    monkeypatch.setattr(bench, "PRODUCT", {"cpu": 64})
-
     def run(*args):
-        monkeypatch.setattr("sys.argv", ["bench.py", "device=cpu", f"out={tmp_path}/bench.json", *args])
+        words = ["bench.py", "--quick=true", "--device=cpu", f"--out={tmp_path}/bench.json", *args]
+        monkeypatch.setattr("sys.argv", words)
         bench.main()
         return json.loads((tmp_path / "bench.json").read_text())
     return run
@@ -29,9 +23,9 @@ def run(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_cases(run, dtype):
-    out = run(f"dtype={dtype}")
+    out = run(f"--dtype={dtype}")
     names = [row["case"] for row in out["cases"]]
-    for word, n in dict(generate=3, stream=1, NTP=1, SigLIP=2, reward=2, GRPO=1, label=1).items():
+    for word, n in dict(generate=7, stream=1, NTP=2, SigLIP=4, reward=3, GRPO=3, label=1).items():
         assert sum(word in name for name in names) == n, word
     for row in out["cases"]:
         assert row["seconds"] > 0 and row["mib"] > 0 and row["gflop"] > 0 and row["times_limit"] > 0
@@ -39,13 +33,13 @@ def test_all_cases(run, dtype):
 
 
 def test_only_the_cases_asked_for_run(run):
-    out = run("cases=stream,4 clips at ratio")
-    assert [row["case"] for row in out["cases"]] == ["generate 4 clips at ratio 0.1", "stream of 4 frames"]
+    out = run("--cases=stream,2 clips at ratio")
+    assert [row["case"] for row in out["cases"]] == ["generate 2 clips at ratio 0.1", "stream of 4 frames at ratio 0.1"]
 
 
 def test_cases_that_fit_none_are_named(run):
     with pytest.raises(ValueError, match="cases='nonsense' is in the name of no case"):
-        run("cases=nonsense")
+        run("--cases=nonsense")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
