@@ -288,7 +288,7 @@ def check_states(optimizer):
             raise ValueError(f"entries {sorted(state.keys() ^ states[0].keys())} are missing for some weights")
         for name, value in state.items():
             value = torch.as_tensor(value)
-            if value.dim() and value.shape != weight.shape:
+            if name != "step" and value.shape != weight.shape:
                 raise ValueError(f"{name} is {tuple(value.shape)}, its weight {tuple(weight.shape)}")
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
