@@ -26,7 +26,6 @@ save_every = 200
 log_every = 25
 # sizes for init_from = scratch, as in small_ntp.py
 scales = "16+32+64"
-patch_size = 16
 hidden_size = 64
 num_layers = 2
 num_heads = 2

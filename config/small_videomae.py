@@ -5,7 +5,6 @@ n_frames = 8
 cache = True
 n_workers = 0
 scales = "16+32+64"     # 1 + 4 + 16 ids
-patch_size = 16
 max_num_frames = 8
 hidden_size = 128
 num_hidden_layers = 4

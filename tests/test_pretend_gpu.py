@@ -144,13 +144,13 @@ def test_stages_never_mix_devices(toys, tmp_path, stages):
 
 def test_stages_never_mix_devices_and_training_steps_never_wait(toys, tmp_path):
     """A run of six steps waits for the GPU as often as one of two: for its validations and its end. That grad_norm is
-    asked where the weights lie is no wait on a GPU."""
+    asked where the weights lie is no wait on a GPU; how often the best weights are saved depends on luck."""
     pairs = [steps + n for steps in STEPS for n in "26"]
     printed = run_on_paper(toys, tmp_path, STAGES + pairs)
     waits = []
     for run in printed.split("on paper: ")[len(STAGES):-1]:
         lines = re.findall(r"^ *([0-9]+) (\S+\.py:.*)$", run, re.M)
-        waits.append({line: int(n) for n, line in lines if "clip_grad_norm_" not in line})
+        waits.append({line: int(n) for n, line in lines if "clip_grad_norm_" not in line and "weights.py" not in line})
     assert len(waits) == len(pairs)
     for short, long in zip(waits[::2], waits[1::2], strict=True):
         assert short == long
