@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench.py                                  # CPU, one thread: ten minutes
     python bench.py --device=cuda --dtype=bfloat16                     # GPU
-    python bench.py --quick=true --device=cuda                       # tiny networks: does everything run?
+    python bench.py --quick=true --device=cuda                         # tiny networks: does everything run?
 
 Published sizes (16 frames of 224 px, 265 ids per frame, ViT-L reconstructor), random weights. Prints a table as
 Markdown and writes it to --out:

@@ -240,13 +240,18 @@ def read_frames(path, n_frames, start=0, stride=1):
     for i, image in decode(path, wanted):
         images[i] = torch.from_numpy(np.ascontiguousarray(image))
 
-    # one that is missing is as the one before it
-    image = next(iter(images.values()))
-    frames = []
+    frames = torch.stack(without_gaps(images, wanted))
+    return frames.permute(0, 3, 1, 2)  # (T,H,W,3) -> (T,3,H,W), a view
+
+
+def without_gaps(images, wanted):
+    """A list of the wanted ones of images {frame number: image}. One that is missing is as the one before it."""
+    numbers = sorted(images)
+    filled = []
     for i in wanted:
-        image = images.get(i, image)
-        frames.append(image)
-    return torch.stack(frames).permute(0, 3, 1, 2)  # (T,H,W,3) -> (T,3,H,W), a view
+        place = max(0, bisect_right(numbers, i) - 1)
+        filled.append(images[numbers[place]])
+    return filled
 
 
 def count_frames(path):

@@ -20,7 +20,6 @@ import os
 import re
 import sys
 import warnings
-from bisect import bisect_right
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ from argaze.formats import (
     sample_frames,
     untracked_intervals,
 )
-from data import VideoError, count_frames, decode
+from data import VideoError, count_frames, decode, without_gaps
 from lib import configurator, run
 from lib.checkpoint import write_whole
 
@@ -137,12 +136,7 @@ def read_frames(clip, frames):
     if max(images) < least:
         raise VideoError(f"{clip.path} ends before its frame {least}, frame {max(wanted)} is needed: it was cut short, "
                          "or the list names another clip")
-    numbers = sorted(images)
-    pictures = []
-    for i in wanted:  # one that is missing is as the one before it
-        place = max(0, bisect_right(numbers, i) - 1)
-        pictures.append(images[numbers[place]])
-    return pictures
+    return without_gaps(images, wanted)
 
 
 @functools.lru_cache(256)

@@ -1,4 +1,4 @@
-# NTP of the small model, 0.3 M parameters.
+# NTP of the small model, 0.4 M parameters.
 root = "data/small"
 labels = "out/small/gazing_labels.json"
 videomae = "out/small/videomae"

@@ -1,4 +1,4 @@
-# The reconstructor of the small model: 64 px, 21 patch ids per frame, 8 frames, 1.1 M parameters, real videos.
+# The reconstructor of the small model: 64 px, 21 patch ids per frame, 8 frames, 1 M parameters, real videos.
 root = "data/small"     # make_data.py cut config/small_data.py makes it
 out_dir = "out/small/videomae"
 n_frames = 8

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from lib.text import read_json
+
 # Our module names against those in published files: prefixes, first match wins.
 PUBLISHED_NAMES = (("encoder.", "gazing_model.vision_model."), ("pos_embed", "gazing_model.connector.pos_embed"),
                    ("decoder.", "gazing_model.gaze_decoder.model."), ("", "gazing_model.gaze_decoder."))
@@ -143,10 +145,7 @@ def check_finite(tensors, source):
 
 def read_config(path, build):
     """build(the dict in a config.json). ValueError names the file."""
-    try:
-        config = json.loads(Path(path).read_text())
-    except (RecursionError, ValueError) as e:
-        raise ValueError(f"{path} is not valid JSON, was it cut off? ({e})") from e
+    config = read_json(path)
     try:
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, found a {type(config).__name__}")
