@@ -11,7 +11,7 @@ toy: $(VENV)
 	PYTHON=.venv/bin/python bash toy.sh
 
 test: $(VENV)
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(VENV)
 	.venv/bin/ruff check .
