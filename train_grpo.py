@@ -82,7 +82,7 @@ class Config:
     ratio_rate: float = 10.0           # exponential
     split: Literal["uniform", "mean", "dirichlet", "self"] = "self"  # self: what one rollout needs (published)
     alpha: str = "10,3"                # mean and dirichlet; the last value is repeated
-    stop_early: bool = False           # the requirement also ends frames of the group's rollouts, whatever the split
+    stop_early: float = 0.0            # share of the steps whose rollouts a requirement ends too, whatever the split
     requirement: Literal["fixed", "uniform"] = "uniform"  # loss to reach, for split = self and stop_early (published)
     task_loss_requirement: float = 0.7 # fixed
     requirement_min: float = 0.5       # uniform (published: 0.5 to 1)
@@ -131,8 +131,9 @@ class Config:
                              f"the reward: use 1/{self.n_frames} to 1")
         if min(self.temperature, self.temperature_end) <= 0:
             raise ValueError("temperature must be above 0: a group of equal rollouts teaches nothing")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma={self.gamma} must lie between 0 and 1")
+        for key in ("gamma", "stop_early"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}={getattr(self, key)} must lie between 0 and 1")
         configurator.check_at_least(
             self, n_frames=1, stride=1, n_workers=0, batch_size=1, micro_batch=0, rollout_batch=0, reward_batch=0,
             steps=1, lr_end=0, task_loss_weight=0, val_clips=1, val_every=1, save_every=1, log_every=1)
@@ -214,8 +215,10 @@ def roll_out(gaze, videos, cfg, step, temperature):
     video = torch.cat(videos)
     generator = run.shared_generator(cfg.seed, step)
     ratio = draw_ratio(cfg.gazing_ratio, cfg.ratio, cfg.ratio_min, cfg.ratio_max, cfg.ratio_rate, generator)
+    # In some steps rollouts stop by themselves, so that the head learns what is left where it stops.
+    stops_early = cfg.stop_early > 0 and torch.rand((), generator=generator).item() < cfg.stop_early
     requirement = None
-    if cfg.split == "self" or cfg.stop_early:
+    if cfg.split == "self" or stops_early:
         requirement = draw_ratio(
             cfg.requirement, cfg.task_loss_requirement, cfg.requirement_min, cfg.requirement_max, 0, generator)
 
@@ -228,7 +231,7 @@ def roll_out(gaze, videos, cfg, step, temperature):
     else:
         ratios = split_ratio(cfg.split, ratio, cfg.n_frames, cfg.alpha, generator)
 
-    if not cfg.stop_early:
+    if not stops_early:
         requirement = None
     gazing = gaze.generate(video, ratios, requirement, temperature, num_copies=cfg.group_size)
     if len(videos) == 1:
@@ -239,7 +242,7 @@ def roll_out(gaze, videos, cfg, step, temperature):
     gazings = []
     for part in row.split([len(clips) for clips in videos], dim=1):
         own = rows(gazing, send(part.flatten(), video.device))
-        if cfg.split == "self" or cfg.stop_early:
+        if cfg.split == "self" or stops_early:
             own |= drop_empty_slots(own)
         gazings.append(own)
     return gazings

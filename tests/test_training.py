@@ -485,7 +485,7 @@ def test_train_grpo_self(grpo):
 
 @pytest.mark.parametrize("split, more", [
     ("dirichlet", ["--gazing_ratio=exponential", "--policy=sampling", "--optimizer=sgd", "--val_split=dirichlet"]),
-    ("uniform", ["--stop_early=true", "--requirement=fixed", "--task_loss_requirement=0.9", "--reward_batch=2"]),
+    ("uniform", ["--stop_early=1", "--requirement=fixed", "--task_loss_requirement=0.9", "--reward_batch=2"]),
     ("mean", ["--temperature_end=0.5", "--val_ratio=0.75", "--val_requirement=0.9", "--micro_batch=0"])])
 def test_train_grpo_other_splits(stages, toy, tmp_path, split, more):
     launch("train_grpo.py", *GRPO, f"--root={toy}", "--videomae=mae", "--init_from=ntp", f"--out_dir={tmp_path}",
