@@ -238,6 +238,15 @@ def test_only_the_clips_asked_for_are_written(job, toy, tmp_path, capsys):
     assert json.loads(out.read_text()) == whole and len(finished(tmp_path / "a.json.rank0.jsonl")) == 5
 
 
+def test_a_slot_tries_the_best_of_before_then_what_was_never_tried_then_what_was_tried_longest_ago():
+    gains = {5: 0.1, 3: 0.9, 1: 0.2, 7: 0.5}
+    tried = label.shortlist([0, 1, 2, 3, 4, 5, 7], gains, 8, torch.Generator().manual_seed(0))
+    assert tried[:2] == [3, 7]
+    assert set(tried[2:5]) == {0, 2, 4}
+    assert tried[5:] == [5, 1]
+    assert len(label.shortlist(list(range(20)), gains, 8, torch.Generator())) == 8
+
+
 @pytest.mark.parametrize("change", ["seed=1", "ratio_max=0.3", "alpha=5,1", "n_tried=3", "exact=true"])
 def test_other_settings_are_refused(job, tmp_path, change):
     args, _ = job
