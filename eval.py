@@ -45,8 +45,9 @@ from gazing import (
 )
 from label import greedy
 from lib import configurator, run
-from lib.checkpoint import write_whole
+from lib.checkpoint import take_output
 from lib.log import git_commit
+from lib.text import write_whole, written_whole
 from model import Gaze
 from videomae import check_fit, load_videomae
 
@@ -464,8 +465,8 @@ def print_columns(title, table):
 
 
 def save_figure(fig, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
+    with written_whole(path) as temporary:
+        fig.savefig(temporary, dpi=110, format="png")
     plt.close(fig)
 
 
@@ -611,6 +612,7 @@ def main():
     autocast, _ = run.precision(cfg, device)
     mae = load_videomae(cfg, device)
     models = load_models(cfg, mae, device)
+    take_output(out)
     config = mae.config
     side = cfg.side or config.image_size
     if side % config.image_size:

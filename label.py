@@ -37,7 +37,8 @@ from tqdm import tqdm
 from data import Clips, VideoError, check_names, to_model_pixels, video_key
 from gazing import draw_ratio, parse_alpha, split_ratio, to_budgets
 from lib import configurator, run
-from lib.checkpoint import lock, write_whole
+from lib.checkpoint import lock
+from lib.text import naming, write_whole
 from model import Gaze
 from videomae import load_videomae
 
@@ -326,8 +327,9 @@ def main():
                 warnings.warn(str(error), stacklevel=1)
                 n_bad += 1
                 continue
-            part.write(json.dumps(label) + "\n")
-            part.flush()
+            with naming(part.name):
+                part.write(json.dumps(label) + "\n")
+                part.flush()
             n_tried = c.num_ids if cfg.exact else cfg.n_tried  # of a search; a teacher tries none
             for losses in label["task_losses"]:
                 n_candidates += sum(min(n_tried, c.num_ids - j) for j in range(len(losses)))

@@ -10,7 +10,6 @@ Each writes <out>/train/*.mp4 and <out>/val/*.mp4, which is what the training sc
 exist are kept, so an interrupted run goes on where it stopped; the same seed gives the same files.
 """
 
-import json
 import math
 import multiprocessing
 import sys
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from data import VIDEO_SUFFIXES, VideoError, count_frames, decode
 from lib import configurator
+from lib.checkpoint import take_data_folder
 from lib.run import launch
 from lib.video_out import VideoWriter
 
@@ -350,11 +350,7 @@ def claim_folder(cfg, free=(), **more):
     note = asdict(cfg) | more
     for key in (*free, "out", "n_workers"):
         del note[key]
-    path = Path(cfg.out, "make_data.json")
-    if path.exists() and json.loads(path.read_text()) != note:
-        raise ValueError(f"{cfg.out} holds files made with other settings ({path}): delete it or choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(note, indent=1))
+    take_data_folder(cfg.out, note)
 
 
 def run(function, jobs, n_workers, chunksize=1):

@@ -47,7 +47,8 @@ import gazing
 import model
 from data import VideoError, count_frames, decode, open_video, resize, to_model_pixels, upright, video_stream
 from lib import configurator, run, video_out
-from lib.checkpoint import write_whole
+from lib.checkpoint import take_output
+from lib.text import write_whole
 from lib.weights import is_hub_id
 from model import Gaze
 from videomae import VideoMAE, check_fit
@@ -519,6 +520,8 @@ def main():
 
     _, _, device = run.init_processes(cfg.device)
     gaze, mae = load_models(cfg, device)
+    out = Path(cfg.out or f"out/gaze/{Path(cfg.video).stem}")
+    take_output(out)
     print(f"{cfg.ckpt}: {model.describe(gaze.config)}; {device}")
 
     autocast, _ = run.precision(cfg, device)
@@ -540,7 +543,6 @@ def main():
         height, width = view.source_size
         amount = f"{total} of {n_source} frames" if total else "live"
         print(f"{cfg.video}: {width}x{height}, {float(rate):.4g} fps; {view}; {amount}; Ctrl-C ends")
-        out = Path(cfg.out or f"out/gaze/{Path(cfg.video).stem}")
         rows = write_frames(cfg, view, rate, looked, total, out)
         write_numbers(cfg, view, rate, rows, out)
 

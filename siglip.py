@@ -16,7 +16,6 @@ Dimension key: B clips, T frames, V patch ids per frame (all scales), N gaze slo
 D width, H heads, p patch size.
 """
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -27,7 +26,7 @@ from gazing import as_sides, check_gazing, frame_of_slot
 from lib.attention import BlockCausal, causal_attention
 from lib.cpu import linear, quicken, scaled_dot_product_attention
 from lib.pixels import check_video
-from lib.weights import announce, check_finite, is_hub_id
+from lib.weights import load_network
 
 ATTENTION = ("block_causal", "causal", "bidirectional")
 
@@ -74,22 +73,8 @@ class GazeSigLIP(nn.Module):
         comes from config.json's scales, attn_type, frame_independent_encoding, which published gaze encoders have.
 
         FileNotFoundError: no weights there; ValueError: not a SigLIP, or scales given nowhere."""
-        from transformers import SiglipVisionModel
-        no_file = f"{folder}: neither a folder with a SigLIP's config.json and model.safetensors nor a hub id in reach"
-        if not Path(folder).is_dir():
-            if not is_hub_id(folder):
-                raise FileNotFoundError(no_file)
-            announce(str(folder))
-
-        try:
-            network, info = SiglipVisionModel.from_pretrained(str(folder), output_loading_info=True,
-                                                              use_safetensors=True)
-        except OSError as e:
-            raise FileNotFoundError(f"{no_file} ({type(e).__name__})") from e
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise ValueError(f"{folder} is not a SigLIP: no {', '.join(missing[:4])}, …")
-        check_finite(network.state_dict(), folder)
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+        network = load_network(SiglipVisionModel, SiglipVisionConfig, folder, f"siglip={folder}", use_safetensors=True)
 
         # settings that are not given come from config.json
         c = network.config

@@ -26,11 +26,12 @@ from lib.cpu import Linear, linear, quicken
 from lib.loader import send
 from lib.pixels import check_video
 from lib.weights import (
-    announce,
     assign,
-    check_finite,
     download,
     is_hub_id,
+    load_network,
+    load_network_config,
+    network_errors,
     old_name,
     read_config,
     read_tensors,
@@ -543,25 +544,15 @@ def perceptual_network(term, folder, tensors, source):
 
     if not tensors and not folder:
         folder = NETWORKS[term][0]
-    if folder and not Path(folder).is_dir():
-        announce(folder)
-
-    missing = []
-    try:
-        if tensors:
-            config = config_class.from_pretrained(folder) if folder else config_class(**published_sizes)
-            with torch.device("meta"):
-                network = model_class(config)
-        else:
-            network, info = model_class.from_pretrained(folder, output_loading_info=True)
-            missing = sorted(info["missing_keys"])
-    except OSError as e:
-        raise FileNotFoundError(f"{term}={folder}: neither a folder with this network nor reachable on the hub "
-                                f"({type(e).__name__}); the VideoMAE's file may hold its weights") from e
-    if missing:
-        raise ValueError(f"{term}={folder} lacks {', '.join(missing[:8])}")
+    called = f"{term}={folder}"
     if not tensors:
-        check_finite(network.state_dict(), f"{term}={folder}")
+        network = load_network(model_class, config_class, folder, called)
+    else:
+        config = config_class(**published_sizes)
+        if folder:
+            config, _ = load_network_config(config_class, folder, called)
+        with network_errors(called), torch.device("meta"):
+            network = model_class(config)
 
     network = getattr(network, "vision_model", network)             # SigLIP in transformers 4 wraps it once more
     if tensors:

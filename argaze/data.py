@@ -51,7 +51,8 @@ from argaze.formats import (
 )
 from data import VideoError, count_frames, decode, without_gaps
 from lib import configurator, run
-from lib.checkpoint import write_whole
+from lib.checkpoint import take_output
+from lib.text import write_whole
 
 # Ground-truth maps of the published evaluations.
 LABEL_MAPS = {"egtea": dict(size=56, sigma=3.0, window=19),
@@ -564,6 +565,7 @@ def write_frames(cfg):
     """Write the pictures of all clips into cfg.frames. Those that exist are kept, so it can go on where it stopped."""
     if not cfg.frames:
         raise ValueError("--frames= is missing: the folder to write the pictures to")
+    take_output(cfg.frames)
     jobs = frames_to_write(cfg)
 
     def write(job):

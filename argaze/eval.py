@@ -36,8 +36,9 @@ from argaze.data import GazeClips, collate, heatmaps, label_map
 from argaze.model import ARGaze, resize, to_probability
 from data import VideoError
 from lib import configurator, run, video_out
-from lib.checkpoint import write_whole
+from lib.checkpoint import take_output
 from lib.loader import make_loader, shard
+from lib.text import write_whole
 
 THRESHOLDS = torch.linspace(0, 0.02, 11, dtype=torch.float64)
 LABEL_THRESHOLD = 0.001  # cells of the true map above it are to be found
@@ -444,7 +445,6 @@ def main():
     if world > 1:
         raise ValueError("evaluation runs in one process: start it as python -m argaze.eval …, without torchrun")
     out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     report = {"config": asdict(cfg), "splits": {}, "worst": {}}
 
     model = None
@@ -452,6 +452,7 @@ def main():
     if cfg.ckpt:
         model = load_model(cfg.ckpt, device)
         side = model.config.image_size
+    take_output(out)
 
     def run_model(batch):
         return model(batch["video"].to(device)).cpu()
@@ -481,6 +482,7 @@ def main():
         for place, (index, distance) in enumerate(worst, 1):
             rows[f"{place}. L2 {distance:.3f}"] = index
         draw_clips(out / f"worst_{split}.png", data, rows, methods[last])
+        write_whole(out / "eval.json", json.dumps(report, indent=1))
 
     # 3. speed
     if model is not None:

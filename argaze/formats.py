@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.text import read_csv, read_json
+from lib.text import read_csv, read_json, whole_number
 
 NAMES = {"egtea": "EGTEA Gaze+", "ego4d": "Ego4D", "egoexo4d": "EgoExo4D"}
 UNTRACKED = {"egtea": 0, "ego4d": 3, "egoexo4d": 0}  # the type of frames without a gaze point
@@ -397,10 +397,10 @@ def read_takes(root):
     try:
         for take in read_json(path):
             if take.get("timesync_end_idx"):  # a few takes were never synchronised
-                first = take["timesync_start_idx"] + 1
-                end = take["timesync_end_idx"] + 0
+                first = whole_number(take, "timesync_start_idx") + 1
+                end = whole_number(take, "timesync_end_idx")
                 rows[take["take_name"]] = (first, end)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: every take needs take_name, timesync_start_idx and timesync_end_idx ({error!r})"
                          ) from error
     return rows

@@ -16,7 +16,6 @@ Dimension key: T frames, K objects, S side of a frame, N side of the table in pi
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m argaze.make_data")
 
-import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -30,8 +29,9 @@ from tqdm import tqdm
 
 from argaze.formats import EGO4D_FPS
 from lib import configurator
-from lib.checkpoint import write_whole
+from lib.checkpoint import take_data_folder
 from lib.run import launch
+from lib.text import write_whole
 from lib.video_out import VideoWriter
 
 VERSION = 2  # of the drawings; clips of another one are not mixed with these
@@ -234,20 +234,11 @@ def make_split(cfg, split, n_clips):
     write_whole(root / "gaze_frame_label" / f"{split}_frame_label.csv", "\n".join(labels) + "\n")
 
 
-def claim_folder(cfg):
-    """Note the settings in <out>/make_data.json. Clips that exist are kept, so refuse to mix two sets."""
-    note = {"version": VERSION} | asdict(cfg)
-    for key in ("out", "n_train", "n_val", "n_workers"):
-        del note[key]
-    path = Path(cfg.out, "make_data.json")
-    if path.exists() and json.loads(path.read_text()) != note:
-        raise ValueError(f"{cfg.out} holds clips made with other settings ({path}): delete it or choose another --out")
-    Path(cfg.out, "gaze_frame_label").mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(note, indent=1))
-
-
 def make(cfg):
-    claim_folder(cfg)
+    settings = {"version": VERSION} | asdict(cfg)
+    for key in ("out", "n_train", "n_val", "n_workers"):
+        del settings[key]
+    take_data_folder(cfg.out, settings)
     make_split(cfg, "train", cfg.n_train)
     make_split(cfg, "test", cfg.n_val)
     print(f"{cfg.out}: {cfg.n_train} training and {cfg.n_val} test clips, {cfg.n_frames} frames each")

@@ -29,12 +29,14 @@ from lib.configurator import LARGEST_SIZE, MOST_LAYERS, check_patches, check_siz
 from lib.cpu import Linear, linear, quicken
 from lib.pixels import check_tensor, check_values
 from lib.weights import (
-    announce,
     build,
-    check_finite,
     download,
     is_hub_id,
     load_module,
+    load_network,
+    load_network_config,
+    network_config,
+    network_errors,
     read_config,
     read_tensors,
     save_folder,
@@ -126,22 +128,15 @@ def build_encoder(config, weights=True):
         sizes = random_encoder_config(config, name.removeprefix("random:"))
         encoder = build(lambda: AutoModel.from_config(sizes))
     else:
-        if is_hub_id(name):
-            announce(name)
-        elif not Path(name).is_dir():
-            raise FileNotFoundError(f"encoder={name}: neither a folder here nor a hub id nor random:…")
-        try:
-            if weights:
-                encoder = AutoModel.from_pretrained(name)
-                check_finite(encoder.state_dict(), f"encoder={name}")
-            else:
-                encoder = AutoModel.from_config(AutoConfig.from_pretrained(name))
-        except OSError as error:
-            raise FileNotFoundError(
-                f"encoder={name} could not be loaded ({error}). DINOv3 is gated: accept its licence on "
-                "huggingface.co and set HF_TOKEN, or give a folder that holds it, or --encoder=random:") from error
+        called = f"encoder={name}"
+        if name == DINOV3_S:
+            called += " (gated: accept its licence on huggingface.co and set HF_TOKEN; --encoder=random: needs none)"
+        if weights:
+            encoder = load_network(AutoModel, AutoConfig, name, called)
+        else:
+            encoder = AutoModel.from_config(load_network_config(AutoConfig, name, called)[0])
 
-    patch_size = encoder.config.patch_size
+    patch_size = getattr(encoder.config, "patch_size", None)
     if patch_size != config.patch_size:
         raise ValueError(f"encoder={name} has patches of {patch_size} pixels: give --patch_size={patch_size} and an "
                          "image_size that is a multiple of it")
@@ -158,6 +153,14 @@ def random_encoder_config(config, sizes):
     return DINOv3ViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                            intermediate_size=mlp, patch_size=config.patch_size, image_size=config.image_size,
                            num_register_tokens=4)
+
+
+@torch.no_grad()
+def try_out(encoder, size):
+    """Show it one picture: settings that do not go together, such as width and heads, fail here and not in training."""
+    with torch.random.fork_rng(devices=[]):
+        encoder.train()(torch.zeros(1, 3, size, size))
+    encoder.eval()
 
 
 def blocks(encoder):
@@ -491,7 +494,7 @@ class ARGaze(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """Load config.json + model.safetensors from a folder or a hub id. ValueError names tensors that do not fit."""
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
         if is_hub_id(folder):
             folder = download(str(folder), ["model.safetensors"])
         folder = Path(folder)
@@ -502,15 +505,20 @@ class ARGaze(nn.Module):
         def read(settings):
             keys = ARGazeConfig.__dataclass_fields__.keys() & settings.keys()
             config = ARGazeConfig(**{key: settings[key] for key in keys})
-            return config, AutoConfig.for_model(**section(settings, "encoder_config"))
+            return config, section(settings, "encoder_config")
 
         def make():
-            encoder = AutoModel.from_config(encoder_config)
+            with network_errors(called):
+                encoder = AutoModel.from_config(encoder_config)
             return cls(config, quicken(encoder.float()))
 
-        config, encoder_config = read_config(folder / "config.json", read)
+        config, encoder_settings = read_config(folder / "config.json", read)
+        called = f"{folder / 'config.json'}: its encoder_config"
+        encoder_config = network_config(encoder_settings, called)
         file = folder / "model.safetensors"
         model = load_module(make, read_tensors(file), f"{file} and its config.json", published_name)
+        with network_errors(called):
+            try_out(model.encoder, config.image_size)
         model.freeze()  # assigned parameters are new ones
         return model.eval()
 

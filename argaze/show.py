@@ -33,7 +33,8 @@ from argaze.data import crop_square
 from argaze.eval import load_model
 from data import VideoError, upright, video_stream
 from lib import configurator, run
-from lib.checkpoint import write_whole
+from lib.checkpoint import lock
+from lib.text import write_whole
 from lib.video_out import VideoWriter, draw_boxes, draw_cross, draw_heat, draw_text, resize
 
 
@@ -151,6 +152,7 @@ def main():
     model = load_model(cfg.ckpt, device)
     name = "pipe" if cfg.video == "-" else Path(cfg.video).stem
     out = Path(cfg.out or f"out/gaze/{name}.mp4")
+    lock(out.with_name(f".{out.name}.lock"), f"out={out}")
 
     # the first frame tells the frame rate of the film
     frames = read_video(cfg.video)

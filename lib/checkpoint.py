@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, resumed exactly, the best one kept."""
-import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import math
 import os
 import platform
@@ -14,32 +14,13 @@ from pathlib import Path
 import torch
 
 from lib import run
+from lib.text import read_json, write_whole, written_whole
 from lib.weights import is_plain
 
 
-@contextlib.contextmanager
-def whole_file(path, mode):
-    """A file that is written under a temporary name, then renamed: a killed run or a full disk leaves the old one."""
-    tmp = Path(f"{path}.tmp")
-    try:
-        with open(tmp, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        tmp.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written, the one before it is kept: is the disk full? ({error})") from error
-    os.replace(tmp, path)
-
-
-def write_whole(path, text):
-    with whole_file(path, "w") as file:
-        file.write(text)
-
-
 def save_state(path, state):
-    with whole_file(path, "wb") as file:
-        torch.save(state, file)
+    with written_whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,6 +51,21 @@ def lock(path, output):
     file.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}\n")
     file.flush()
     LOCKS[path] = file
+
+
+def take_output(out):
+    """Make the folder `out` this process's own until it ends, for results that replace those of an earlier run."""
+    lock(Path(out) / "lock", f"out={out}")
+
+
+def take_data_folder(out, settings):
+    """Make `out` this process's own, for files that are kept once they are made, and note in <out>/make_data.json which
+    settings they are made with. ValueError: it holds files of other settings, or another process is writing to it."""
+    take_output(out)
+    path = Path(out) / "make_data.json"
+    if path.exists() and read_json(path) != settings:
+        raise ValueError(f"{out} holds files made with other settings ({path}): delete it or choose another --out")
+    write_whole(path, json.dumps(settings, indent=1))
 
 
 def take_folder(folder, keep):
@@ -151,6 +147,8 @@ def check_entries(state, path):
         wrong.append(f"step is {state['step']}")
     if not wrong and math.isnan(state["best"]):
         wrong.append("best is NaN")
+    if not wrong and any(isinstance(value, torch.Tensor | list | dict) for value in state["config"].values()):
+        wrong.append("config holds something else than settings")
     if not wrong and not all(map(is_plain, state["model"].values())):
         wrong.append("model holds something else than tensors")
     if not wrong and not all(is_plain(t) and t.is_floating_point() for t in tensors_in(state["optimizer"])):

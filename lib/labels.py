@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib.text import read_json
+from lib.checkpoint import lock
+from lib.text import naming, read_json
 
 LARGEST_LOSS = 3e38  # float32 ends there
 LARGEST_ID = 2 ** 31 - 1  # int32 ends there
@@ -119,6 +120,7 @@ def pack_labels(source, out=None):
     out = Path(out or source.with_suffix(".packed"))
     if out.exists() and not (out / "meta.json").is_file():
         raise FileExistsError(f"{out} exists and is no packed label file: give another name")
+    lock(f"{out}.lock", f"labels={out}")
 
     # sorted as bytes, so that a name is found by bisection
     labels = read_labels(source)
@@ -143,19 +145,23 @@ def pack_labels(source, out=None):
     # the folder appears whole or not at all
     tmp = Path(f"{out}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    np.save(tmp / "keys.npy", np.array([key.encode() for key in keys], dtype=bytes))
-    np.save(tmp / "ids.npy", np.array(ids, np.int32))
-    np.save(tmp / "losses.npy", np.array(losses, np.float32))
-    np.save(tmp / "offsets.npy", np.array(offsets, np.int64))
     meta = {
         "frames": n_frames,
         "bounds": bounds,
         "source": os.path.abspath(source),
         "bytes": source.stat().st_size}
-    (tmp / "meta.json").write_text(json.dumps(meta) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    os.rename(tmp, out)
+    try:
+        with naming(out):
+            tmp.mkdir(parents=True)
+            np.save(tmp / "keys.npy", np.array([key.encode() for key in keys], dtype=bytes))
+            np.save(tmp / "ids.npy", np.array(ids, np.int32))
+            np.save(tmp / "losses.npy", np.array(losses, np.float32))
+            np.save(tmp / "offsets.npy", np.array(offsets, np.int64))
+            (tmp / "meta.json").write_text(json.dumps(meta) + "\n")
+            shutil.rmtree(out, ignore_errors=True)
+            os.rename(tmp, out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     print(f"{out}: {len(keys)} clips of {n_frames} frames, {len(ids)} gazes")
     return out
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from lib import run
-from lib.checkpoint import take_folder, write_whole
+from lib.checkpoint import take_folder
+from lib.text import naming, write_whole
 
 
 class Log:
@@ -67,8 +68,9 @@ class Log:
         row = {"step": step, "time": round(seconds, 2)}
         for name, value in metrics.items():
             row[name] = rounded(value, 6)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with naming(self.file.name):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         if self.wandb:
             self.wandb.log(flat(row), step=step)
 

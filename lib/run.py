@@ -254,8 +254,9 @@ def restore(optimizer, scaler, resumed, cfg):
     path = f"{cfg.out_dir}/last.pt"
     load_optimizer(optimizer, resumed["optimizer"], path)
     try:
-        if not all(math.isfinite(value) for value in resumed["scaler"].values()):
-            raise ValueError("not finite")
+        for name, value in resumed["scaler"].items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value}")
         scaler.load_state_dict(resumed["scaler"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no scaler of this dtype ({type(error).__name__}: {error})") from error

@@ -3,7 +3,6 @@
 A picture is a (H, W, 3) uint8 RGB array. A point is (x, y), a box is (left, top, right, bottom), both in pixels of the
 picture, and a colour is a name or "#rrggbb". What draws returns a new picture and leaves the given one as it is.
 """
-import contextlib
 import functools
 import os
 from fractions import Fraction
@@ -13,6 +12,8 @@ import av
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from lib.text import written_whole
 
 BACKGROUND = "#181818"
 FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
@@ -180,22 +181,6 @@ def contact_sheet(path, rows, titles=(), captions=(), legend=None, title="", cel
         for i, (text, color) in enumerate(legend.items()):
             paste(sheet, label(text, line, part, color), i * part, bottom + line)
     save_picture(path, sheet)
-
-
-@contextlib.contextmanager
-def written_whole(path):
-    """Gives a temporary name to write to. The file gets its own name when the block ends well; else nothing is left.
-    OSError, of a full disk for instance, names the file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")  # hidden: who lists videos passes over it
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_picture(path, picture):

@@ -2,15 +2,20 @@
 
 All models load and save through here; what they compute can be read without it.
 """
+import contextlib
 import json
 import os
 import shutil
+import socket
 import zipfile
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
-from lib.text import read_json
+from lib.configurator import LARGEST_SIZE, MOST_LAYERS
+from lib.text import read_json, written_whole
 
 # Our module names against those in published files: prefixes, first match wins.
 PUBLISHED_NAMES = (("encoder.", "gazing_model.vision_model."), ("pos_embed", "gazing_model.connector.pos_embed"),
@@ -59,19 +64,18 @@ def is_plain(value):
 
 def save_folder(folder, tensors, config):
     """Write config.json + model.safetensors, as transformers names them. A file appears whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config_file, weight_file = folder / "config.json", folder / "model.safetensors"
-    new_config, new_weights = folder / "config.json.tmp", folder / "model.safetensors.tmp"
-
+    config_file = Path(folder) / "config.json"
+    weight_file = Path(folder) / "model.safetensors"
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(tensors, new_weights, metadata={"format": "pt"})
-    new_config.write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copymode(new_config, new_weights)    # safetensors' own is for the owner only
-
-    os.replace(new_config, config_file)
-    os.replace(new_weights, weight_file)
+    with written_whole(config_file) as new_config, written_whole(weight_file) as new_weights:
+        new_config.write_text(json.dumps(config, indent=2) + "\n")
+        try:
+            save_file(tensors, new_weights, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        shutil.copymode(new_config, new_weights)    # safetensors' own is for the owner only
 
 
 def build(make):
@@ -154,6 +158,69 @@ def read_config(path, build):
         raise ValueError(f"{path}: not the config of this model, key {e} is missing") from e
     except (AttributeError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: {e}") from e
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# networks of the transformers library
+
+
+def load_network(network_class, config_class, name, called, **options):
+    """The network of a folder or hub id `name`, with its weights. `called` is what errors call it.
+
+    FileNotFoundError: it is not there, or out of reach. ValueError: it is damaged, or weights are missing or NaN."""
+    config, offline = load_network_config(config_class, name, called)
+    with network_errors(called):
+        network, info = network_class.from_pretrained(str(name), config=config, output_loading_info=True,
+                                                      local_files_only=offline, **options)
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ValueError(f"{called} lacks {', '.join(missing[:8])}: it holds another network")
+    check_finite(network.state_dict(), called)
+    return network
+
+
+def load_network_config(config_class, name, called):
+    """(its config.json as a config of transformers, whether the hub is out of reach)."""
+    offline = False
+    if not Path(name).is_dir():
+        if not is_hub_id(name):
+            raise FileNotFoundError(f"{called}: neither a folder with config.json and model.safetensors nor a hub id")
+        announce(name)
+        offline = not hub_in_reach()
+    with network_errors(called):
+        config = config_class.from_pretrained(str(name), local_files_only=offline)
+        check_network_config(config.to_dict())
+    return config, offline
+
+
+def network_config(settings, called):
+    """The same of a dict, part of a config.json of ours."""
+    from transformers import AutoConfig
+    with network_errors(called):
+        check_network_config(settings)
+        return AutoConfig.for_model(**settings)
+
+
+def check_network_config(settings):
+    """ValueError names a size with which building would never end."""
+    for key, value in settings.items():
+        largest = MOST_LAYERS if "layers" in key else LARGEST_SIZE
+        if isinstance(value, int) and value > largest:
+            raise ValueError(f"{key}={value} must be at most {largest}")
+
+
+@contextlib.contextmanager
+def network_errors(called):
+    """What transformers raises, of many kinds, becomes an error that names the network."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(f"{called}: neither a folder with all of it nor in reach on the hub: {reason}"
+                                ) from error
+    except Exception as error:
+        raise ValueError(f"{called} is damaged, or no network that this version of transformers knows "
+                         f"({type(error).__name__}: {error})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,12 +358,12 @@ def download(hub_id, weights):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
     announce(hub_id)
-    folder, error, offline = None, None, False
+    folder, error, offline = None, None, not hub_in_reach()
     for file in ("config.json", *weights):
         try:
             folder = Path(hf_hub_download(hub_id, file, local_files_only=offline)).parent
         except EntryNotFoundError as e:
-            error, offline = e, isinstance(e, LocalEntryNotFoundError)  # no connection: what is cached must do
+            error, offline = e, offline or isinstance(e, LocalEntryNotFoundError)  # what is cached must do
             continue
         except Exception as e:  # whatever a wrong name or missing rights raise
             folder, error = None, e
@@ -304,5 +371,21 @@ def download(hub_id, weights):
         if file in weights:
             break
     if folder is None:
-        raise FileNotFoundError(f"{hub_id}: neither a folder here nor reachable on the hub ({type(error).__name__})")
+        raise FileNotFoundError(f"{hub_id}: neither a folder here nor in reach on the hub ({type(error).__name__}): "
+                                f"check the name, or fetch it where there is a network, with hf download {hub_id}")
     return folder
+
+
+def hub_in_reach():
+    """Whether the hub's server answers. Without this question a machine without network would wait for a minute."""
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE:
+        return False
+    server = urlsplit(constants.ENDPOINT)
+    if server.scheme in getproxies():
+        return True  # the proxy knows
+    try:
+        socket.create_connection((server.hostname, server.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True

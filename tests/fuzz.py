@@ -33,6 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script finds what lies beside it only
+os.environ["HF_HUB_OFFLINE"] = "1"  # a damaged command may name something on the hub
 
 import fuzz_runs
 

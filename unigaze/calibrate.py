@@ -11,8 +11,7 @@ import json
 import numpy as np
 import torch
 
-from lib.checkpoint import write_whole
-from lib.text import read_csv, read_json
+from lib.text import as_numbers, read_csv, read_json, write_whole
 from unigaze.model import angular_error
 
 SHRINK = 1e-3    # radians², pulls the matrix to the identity where targets hardly differ
@@ -81,10 +80,8 @@ def load(path):
     """Matrix and offset of a file that save() wrote."""
     try:
         content = read_json(path)
-        matrix = np.array(content["matrix"], dtype=np.float64).reshape(2, 2)
-        offset = np.array(content["offset"], dtype=np.float64).reshape(2)
-        if not (np.isfinite(matrix).all() and np.isfinite(offset).all()):
-            raise ValueError("it holds values that are not finite")
+        matrix = as_numbers(content["matrix"], (2, 2))
+        offset = as_numbers(content["offset"], (2,))
     except FileNotFoundError:
         raise FileNotFoundError(f"calibration={path}: no such file; --targets makes one") from None
     except (ValueError, KeyError, TypeError, OverflowError) as error:

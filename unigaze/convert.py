@@ -16,7 +16,6 @@ Lengths are in mm, all in the camera of the picture. XGaze's cameras 3, 6 and 13
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m unigaze.convert …")
 
-import os
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from lib import configurator
 from lib.run import launch
+from lib.text import written_whole
 from unigaze.data import FaceError, check_angles, inspect_file, open_file
 from unigaze.normalise import FOCAL, SIZE, camera_matrix, rotation_matrix, warp
 
@@ -33,14 +33,10 @@ from unigaze.normalise import FOCAL, SIZE, camera_matrix, rotation_matrix, warp
 def write_h5(path, columns):
     """Columns {name: array with a row per face} as the published files hold them: a chunk per row, lzf. The file
     gets its name when it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half_written = path.with_name(f".{path.name}")
-    with h5py.File(half_written, "w") as file:
+    with written_whole(path) as temporary, h5py.File(temporary, "w") as file:
         for name, values in columns.items():
             row = values.shape[1:]
             file.create_dataset(name, data=values, chunks=(1, *row), maxshape=(None, *row), compression="lzf")
-    os.replace(half_written, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ Dimension key: N faces, S side of the crop, P rays = (2 S)^2.
 if not __package__:
     raise SystemExit("run it from the root of the repository as a module: python -m unigaze.make_data")
 
-import json
 import math
 import multiprocessing
 import sys
@@ -29,6 +28,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from lib import configurator
+from lib.checkpoint import take_data_folder
 from lib.run import launch
 from unigaze.convert import write_h5
 from unigaze.normalise import to_pitchyaw, to_vector
@@ -358,21 +358,12 @@ def write_subject(job):
     write_h5(path, columns)
 
 
-def claim_folder(cfg):
-    """Note the settings in <out>/make_data.json. Two sets of settings in one folder would be a third set: refuse."""
-    note = Path(cfg.out, "make_data.json")
+def main():
+    cfg = configurator.parse(Config, sys.argv[1:])
     settings = asdict(cfg)
     for key in ("out", "n_workers"):
         del settings[key]
-    if note.exists() and json.loads(note.read_text()) != settings:
-        raise ValueError(f"{cfg.out} holds faces made with other settings ({note}): delete it, or give another --out")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings, indent=1))
-
-
-def main():
-    cfg = configurator.parse(Config, sys.argv[1:])
-    claim_folder(cfg)
+    take_data_folder(cfg.out, settings)
     root = Path(cfg.out)
     jobs = []
     for i in range(cfg.n_xgaze):

@@ -464,12 +464,12 @@ def read_published(path):
         model = {name.removeprefix("module."): tensor for name, tensor in model.items()}
         if not all(map(is_plain, model.values())):
             raise TypeError("it holds no dict of tensors")
-    except Exception as error:  # of many kinds: pickle's, zip's
+        found = {"model": model, "epoch": state.get("epoch"), "schedule": state.get("schedule_state")}
+        if "optim_state" in state:
+            found["optimizer"] = renumber(state["optim_state"], list(model))
+        return found
+    except Exception as error:  # of many kinds: pickle's, zip's, of entries that are missing
         raise ValueError(f"{path} is cut off or no file of weights ({type(error).__name__}: {error})") from error
-    found = {"model": model, "epoch": state.get("epoch"), "schedule": state.get("schedule_state")}
-    if "optim_state" in state:
-        found["optimizer"] = renumber(state["optim_state"], list(model))
-    return found
 
 
 def stored_name(owner, name):

@@ -46,7 +46,9 @@ from tqdm import tqdm
 
 from data import VIDEO_SUFFIXES, VideoError, open_video, upright, video_stream
 from lib import configurator, video_out
+from lib.checkpoint import take_output
 from lib.run import init_processes, launch
+from lib.text import written_whole
 from unigaze import calibrate, find, normalise
 from unigaze.model import load
 
@@ -371,32 +373,33 @@ def look(frames, n_at_once, cfg, setup, model, device):
 
 def run(cfg, model, device):
     setup = set_up(cfg)
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    pairs = []
     sources = list_sources(cfg.video)
+    out = Path(cfg.out)
+    take_output(out)
+    rows = []
+    pairs = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was seen is kept, and is whole
-    with video_out.written_whole(out / "gaze.csv") as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(COLUMNS)
-        for source in sources:
-            try:
-                is_stopped = show_source(source, cfg, setup, model, device, table, pairs)
-            except VideoError as error:
-                if len(sources) == 1:
-                    raise
-                print(f"skipped: {error}")
-                continue
-            if is_stopped:
-                break
+    for source in sources:
+        try:
+            is_stopped = show_source(source, cfg, setup, model, device, rows, pairs)
+        except VideoError as error:
+            if len(sources) == 1:
+                raise
+            print(f"skipped: {error}")
+            continue
+        if is_stopped:
+            break
+
+    with written_whole(out / "gaze.csv") as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
     if cfg.targets:
         calibrate.save(out / "calibration.json", pairs)
     print(f"{out}: pictures with arrows, gaze.csv")
 
 
-def show_source(source, cfg, setup, model, device, table, pairs):
-    """Write what is seen in one picture, film or stream. pairs gets (predicted, true) angles for --targets. Returns
-    whether it was stopped by Ctrl-C or SIGTERM."""
+def show_source(source, cfg, setup, model, device, rows, pairs):
+    """Write what is seen in one picture, film or stream. rows gets those of gaze.csv, pairs (predicted, true) angles
+    for --targets. Returns whether it was stopped by Ctrl-C or SIGTERM."""
     live = not Path(source).is_file()
     name = "live" if live else Path(source).name.replace(".", "_")              # a.jpg and a.png may lie side by side
     out = Path(cfg.out)
@@ -428,7 +431,7 @@ def show_source(source, cfg, setup, model, device, table, pairs):
                         view.gaze = matrix @ view.gaze + offset
 
                 for view in views:
-                    table.writerow(row_of(source, frame, view))
+                    rows.append(row_of(source, frame, view))
                     if cfg.crops:
                         video_out.save_picture(out / f"{name}_{frame.number:06d}_{view.number}.png", view.crop)
                 picture = draw(frame.image, views)

@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib import configurator, run
-from lib.checkpoint import keep_best, load_state, save_state, state_of
+from lib.checkpoint import keep_best, load_state, save_state, state_of, take_output
 from lib.loader import Feed, StepSampler, make_loader, shard
 from lib.log import Log, Means, check_finite, count_parameters
+from lib.text import written_whole
 from lib.weights import assign, build
 from unigaze.data import FaceError, collate, open_set, open_sets, protocol
 from unigaze.model import UniGaze, UniGazeConfig, angular_error, read_published
@@ -206,10 +207,11 @@ def write_results(folder, epoch, result):
     folder = Path(folder)
     epoch_folder = folder / f"epoch_{epoch}"
     epoch_folder.mkdir(parents=True, exist_ok=True)
-    np.savetxt(folder / "gt_gaze.txt", result["gaze"], delimiter=",")
-    np.savetxt(folder / "gt_head.txt", result["head"], delimiter=",")
-    np.savetxt(folder / "subject_key.txt", result["key"], delimiter=",")
-    np.savetxt(epoch_folder / "pred_gaze.txt", result["prediction"], delimiter=",")
+    files = {folder / "gt_gaze.txt": "gaze", folder / "gt_head.txt": "head", folder / "subject_key.txt": "key",
+             epoch_folder / "pred_gaze.txt": "prediction"}
+    for path, name in files.items():
+        with written_whole(path) as temporary:
+            np.savetxt(temporary, result[name], delimiter=",")
 
 
 def evaluate(gaze, sets, cfg, epoch, rank, world, device, autocast):
@@ -269,6 +271,8 @@ def main():
     optimizer = torch.optim.Adam(gaze.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     ddp, sync, autocast, scaler, precision = run.prepare(gaze, optimizer, cfg, world, device, resumed)
     if cfg.mode == "test":
+        if rank == 0:
+            take_output(out)
         evaluate(gaze, val_sets + test_sets, cfg, 1001, rank, world, device, autocast)  # published: epoch 1001
         run.finish()
         return
