@@ -55,6 +55,15 @@ def open_video(path):
     return av.open(f"file:{name}" if os.path.exists(path) else name, metadata_errors="ignore")
 
 
+def open_stream(path):
+    """av.open for what comes as it is read: - (the standard input), a camera (/dev/video0), a URL, or a file."""
+    if path == "-":
+        return av.open("pipe:0", metadata_errors="ignore")
+    if path.startswith("/dev/video"):
+        return av.open(path, format="v4l2", metadata_errors="ignore")
+    return open_video(path)
+
+
 def video_stream(container, path):
     """The video track that a player would show: the default one, of several the largest picture."""
     def rank(stream):

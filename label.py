@@ -38,6 +38,7 @@ from data import Clips, VideoError, check_names, to_model_pixels, video_key
 from gazing import draw_ratio, parse_alpha, split_ratio, to_budgets
 from lib import configurator, run
 from lib.checkpoint import lock
+from lib.labels import check_fields
 from lib.text import naming, write_whole
 from model import Gaze
 from videomae import load_videomae
@@ -264,10 +265,12 @@ def read_parts(out, settings):
     """Labels of finished clips from all <out>.rankN.jsonl, whatever number of processes wrote them."""
     labels = {}
     for path in sorted(out.parent.glob(out.name + ".rank*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the line a killed process was writing
+                entry = dict(json.loads(line))
+                if "key" in entry:
+                    check_fields(entry["key"], entry, path)
+            except (ValueError, TypeError, AttributeError):  # the line a killed process was writing
                 continue
             if "settings" in entry and entry["settings"] != settings:
                 before = entry["settings"]

@@ -45,7 +45,17 @@ from tqdm import tqdm
 
 import gazing
 import model
-from data import VideoError, count_frames, decode, open_video, resize, to_model_pixels, upright, video_stream
+from data import (
+    VideoError,
+    count_frames,
+    decode,
+    open_stream,
+    open_video,
+    resize,
+    to_model_pixels,
+    upright,
+    video_stream,
+)
 from lib import configurator, run, video_out
 from lib.checkpoint import take_output
 from lib.text import write_whole
@@ -155,9 +165,7 @@ def read_live(cfg):
     """Yield (frames per second, index in the source, upright (H, W, 3) uint8) of frames as they come; all have the size
     of the first one."""
     try:
-        camera = "v4l2" if cfg.video.startswith("/dev/video") else None
-        name = "pipe:0" if cfg.video == "-" else cfg.video  # as FFmpeg calls the standard input
-        with av.open(name, format=camera, metadata_errors="ignore") as container:
+        with open_stream(cfg.video) as container:
             stream = video_stream(container, cfg.video)
             stream.codec_context.thread_count = 1  # with more, the decoder holds back as many frames
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
@@ -172,7 +180,7 @@ def read_live(cfg):
                 wanted = next(indices, None)
                 if wanted is None:
                     return
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{cfg.video}: cannot be read as a video stream ({error}); an MP4 can be piped only if its "
                          "index comes first: ffmpeg -movflags faststart") from error
 

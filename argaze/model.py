@@ -416,6 +416,8 @@ def head_stage(config, n_in, n_out):
 class ARGaze(nn.Module):
     """Parameters have the published names. encoder: a ViT; None: the one that config.encoder names."""
 
+    checks_values = True  # of true maps; a training script, which makes them, does not: a GPU is waited for
+
     def __init__(self, config, encoder=None):
         super().__init__()
         c = config
@@ -707,6 +709,17 @@ class ARGaze(nn.Module):
         assert own.shape == (T, n_slots), f"own is {tuple(own.shape)}, needed is ({T}, {n_slots})"
         return self.true_map(heatmaps), points, own.tolist()
 
+    def check_truth(self, heatmaps, points, B, T):
+        check_tensor(heatmaps, self.position_code, "(B, T, h, w)", "heatmaps")
+        if heatmaps.dim() != 4 or heatmaps.shape[:2] != (B, T) or heatmaps.numel() == 0:
+            raise ValueError(f"heatmaps are {tuple(heatmaps.shape)}, expected ({B}, {T}, h, w), as the video's frames")
+        if points is not None and points.shape != (B, T, 2):
+            raise ValueError(f"points are {tuple(points.shape)}, expected ({B}, {T}, 2), as the video's frames")
+        if self.checks_values:
+            check_values(heatmaps, 0, math.inf, "maps of data.heatmaps(points)", "heatmaps")
+            if points is not None:
+                check_values(points, -1, 2, "x and y in 0..1", "points")
+
     def teach(self, state, maps, points, own, t):
         """The state before step t with the truth in it, but for the slots where own (k + 1) is True."""
         k = self.config.history
@@ -732,8 +745,8 @@ class ARGaze(nn.Module):
         self.check(video, 5)
         B, T = video.shape[:2]
         if heatmaps is not None:
+            self.check_truth(heatmaps, points, B, T)
             maps, points, own = self.truth(heatmaps, own, points)
-            assert maps.shape[:2] == points.shape[:2] == (B, T), "heatmaps and points must be of the video's frames"
         elif own is not None or points is not None:
             raise ValueError("own and points need heatmaps")
 

@@ -31,7 +31,7 @@ import torch
 
 from argaze.data import crop_square
 from argaze.eval import load_model
-from data import VideoError, upright, video_stream
+from data import VideoError, open_stream, upright, video_stream
 from lib import configurator, run
 from lib.checkpoint import lock
 from lib.text import write_whole
@@ -60,11 +60,9 @@ def read_video(path):
 
     VideoError names what cannot be read. A video that breaks later ends there, with a warning.
     """
-    source = "pipe:0" if path == "-" else path
-    kind = "v4l2" if path.startswith("/dev/video") else None
     size = {}
     try:
-        with av.open(source, format=kind, metadata_errors="ignore") as container:
+        with open_stream(path) as container:
             stream = video_stream(container, path)
             rate = stream.average_rate or stream.guessed_rate or 25
             for frame in container.decode(stream):
@@ -152,11 +150,11 @@ def main():
     model = load_model(cfg.ckpt, device)
     name = "pipe" if cfg.video == "-" else Path(cfg.video).stem
     out = Path(cfg.out or f"out/gaze/{name}.mp4")
-    lock(out.with_name(f".{out.name}.lock"), f"out={out}")
 
     # the first frame tells the frame rate of the film
     frames = read_video(cfg.video)
     first = next(frames)
+    lock(out.with_name(f".{out.name}.lock"), f"out={out}")
     rows = []
     start = time.perf_counter()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the film ends, and is whole

@@ -273,6 +273,7 @@ def main():
         model.config.train_encoder = cfg.train_encoder
         model.freeze()
     model.to(device).train()
+    model.checks_values = False  # maps are made here
     R = model.config.image_size
 
     # ---- data

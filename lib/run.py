@@ -289,7 +289,8 @@ def check_states(optimizer):
             raise ValueError(f"entries {sorted(state.keys() ^ states[0].keys())} are missing for some weights")
         for name, value in state.items():
             value = torch.as_tensor(value)
-            if name != "step" and value.shape != weight.shape:
+            fits = value.numel() == 1 if name == "step" else value.shape == weight.shape
+            if not fits:
                 raise ValueError(f"{name} is {tuple(value.shape)}, its weight {tuple(weight.shape)}")
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")

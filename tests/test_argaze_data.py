@@ -278,6 +278,8 @@ def test_an_egoexo4d_item_shows_the_frames_of_its_window(broken, tmp_path):
     ("egoexo4d/captures/lab_tea_01/timesync.csv", "aria01", "cam02", "no column aria01_214-1_capture"),
     ("egoexo4d/split_assignments.csv", "video_path", "path", "no column video_path; its first line"),
     ("egoexo4d/takes.json", "lab_tea_01_3", "lab_tea_01_9", "no times of the take 'lab_tea_01_3'"),
+    *(("egoexo4d/takes.json", '"timesync_start_idx": 10', f'"timesync_start_idx": {value}', "start_idx=.*whole number")
+      for value in ('"10"', "0.5", "-1", "true", "null", "1e30")),
     ("egoexo4d/gaze_data/takes/lab_tea_01_3/eye_gaze/personalized_eye_gaze_2d.csv", "tracking_timestamp_us", "t",
      "no column with a timestamp")])
 def test_wrong_columns_are_named(broken, name, old, new, message):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from argaze_tiny import tiny_argaze
 from safetensors.torch import load_file, save_file
 
 from argaze.model import (
@@ -407,3 +408,19 @@ def test_an_encoder_that_is_nowhere_is_named():
 def test_an_encoder_of_another_patch_size_is_told_so():
     with pytest.raises(ValueError, match="--patch_size=16"):
         ARGaze(ARGazeConfig(**SIZES | dict(encoder=str(GOLDEN / "vit"), patch_size=8)))
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda maps, points: (maps.log(), points), "heatmaps holds NaN or infinity"),
+    (lambda maps, points: (-maps, points), "heatmaps has values of"),
+    (lambda maps, points: (maps[:, :1], points), r"heatmaps are \(1, 1, 8, 8\), expected \(1, 2, h, w\)"),
+    (lambda maps, points: (maps[0], points), "heatmaps are"), (lambda maps, points: (maps.numpy(), points), "ndarray"),
+    (lambda maps, points: (maps, points * float("nan")), "points holds NaN"),
+    (lambda maps, points: (maps, points * 640), "points has values of.*x and y in 0..1"),
+    (lambda maps, points: (maps, points[0]), r"points are \(2, 2\), expected \(1, 2, 2\)")])
+def test_wrong_true_maps_and_points_are_named(change, says):
+    maps = torch.zeros(1, 2, 8, 8)
+    maps[..., 3, 4] = 1
+    maps, points = change(maps, torch.full((1, 2, 2), 0.5))
+    with pytest.raises(ValueError, match=says):
+        tiny_argaze()(torch.zeros(1, 2, 3, 32, 32), maps, points=points)

@@ -98,6 +98,14 @@ def test_what_is_no_video_is_named(ckpt, tmp_path, content):
     assert not (tmp_path / "out.mp4").exists()
 
 
+@pytest.mark.parametrize("name", ["12:30.mp4", os.fsdecode(b"\xff\xe4.mp4")])
+def test_videos_of_any_name(movie, tmp_path, name):
+    (tmp_path / name).write_bytes(movie.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert len(list(show.read_video(name))) == 13
+
+
 def test_ctrl_c_leaves_a_complete_film(ckpt, movie, tmp_path, monkeypatch):
     calls = []
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_gaze, tiny_mae
@@ -19,12 +20,15 @@ import make_data
 import train_grpo
 import train_ntp
 import train_videomae
+import unigaze.train
 from data import VideoError
 from lib import labels as label_files
-from lib import run
-from lib.checkpoint import save_state, state_of, take_folder
+from lib import run, video_out
+from lib.checkpoint import save_state, state_of, take_data_folder, take_folder, take_output
 from lib.loader import StepSampler
+from lib.text import write_whole
 from model import Gaze
+from unigaze.convert import write_h5
 from videomae import ReconstructionLoss, VideoMAE
 
 V = 20  # ids per frame
@@ -281,7 +285,8 @@ def damaged_config(folder, make, change):
         ("model", {"a": torch.zeros(1).to_sparse()}, "model holds something"),
         ("model", {"a": torch.zeros(1).expand(10 ** 12)}, "model holds something"),
         ("optimizer", {"state": [torch.zeros(1, device="meta")]}, "optimizer holds tensors of another kind"),
-        ("model", {"a": 1}, "model holds something else than tensors"))),
+        ("model", {"a": 1}, "model holds something else than tensors"),
+        ("config", {"lr": torch.zeros(2)}, "config holds something else than settings"))),
     (lambda f, toy: resume(f, toy, model={"a": torch.ones(1)}), ValueError, "last.pt and config.json do not fit"),
     *((lambda f, toy, change=change: changed_optimizer(f, change), ValueError,
        f"last.pt is not a checkpoint of this script.*{says}") for change, says in (
@@ -289,6 +294,7 @@ def damaged_config(folder, make, change):
         (lambda state: state["state"].pop(1), "exp_avg.*missing"),
         (lambda state: state["state"][0]["exp_avg"].resize_(1), r"exp_avg is \(1,\), its weight \(2, 2\)"),
         (lambda state: state["state"][0]["exp_avg"].fill_(math.nan), "exp_avg holds NaN"),
+        (lambda state: state["state"][0]["step"].resize_(0), r"step is \(0,\)"),
         (lambda state: state["param_groups"][0].pop("lr"), "lr"),
         (lambda state: state["param_groups"][0].update(lr="x"), "str"),
         (lambda state: state.pop("param_groups"), "param_groups"))),
@@ -370,6 +376,35 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch, capsys, scri
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and names in error, error
 
 
+@pytest.mark.parametrize("name, write", [
+    ("gaze.json", lambda path: write_whole(path, "x")),
+    ("config.json", lambda path: tiny_gaze().save_pretrained(path.parent)),
+    ("model.safetensors", lambda path: tiny_gaze().save_pretrained(path.parent)),
+    ("pred_gaze.txt", lambda path: unigaze.train.write_results(path.parents[1], 1, dict.fromkeys(
+        ("gaze", "head", "key", "prediction"), [1]))),
+    ("sheet.png", lambda path: video_out.save_picture(path, np.zeros((9, 9, 3), np.uint8))),
+    ("00000.h5", lambda path: write_h5(path, {"face_gaze": np.zeros((9, 2))}))])
+def test_a_full_disk_keeps_what_was_there(tmp_path, name, write):
+    """The error names the file; nothing half-written stays."""
+    folder = tmp_path / "epoch_1"
+    folder.mkdir()
+    (folder / name).write_text("before")
+    (folder / f".{name}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"{name} could not be written, is the disk full"):
+        write(folder / name)
+    assert (folder / name).read_text() == "before" and not list(folder.glob(".*"))
+
+
+def test_files_of_other_settings_are_refused(tmp_path):
+    take_data_folder(tmp_path, {"size": 1})
+    take_data_folder(tmp_path, {"size": 1})
+    with pytest.raises(ValueError, match="holds files made with other settings.*make_data.json"):
+        take_data_folder(tmp_path, {"size": 2})
+    (tmp_path / "make_data.json").write_text("{")
+    with pytest.raises(ValueError, match="make_data.json is not valid JSON"):
+        take_data_folder(tmp_path, {"size": 1})
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -391,6 +426,8 @@ def test_a_folder_that_a_run_still_writes_to_is_refused(tmp_path, keep):
         (out / "last.pt").write_text("a run")
         with pytest.raises(ValueError, match=f"out_dir=.*out is in use by process {holder.pid} on .*since"):
             take_folder(out, keep)
+        with pytest.raises(ValueError, match=f"out=.*out is in use by process {holder.pid}"):
+            take_output(out)
         assert (out / "last.pt").exists()
     finally:
         holder.kill()

@@ -85,7 +85,7 @@ def look(folder, video, *args, as_script=False):
         with mock.patch("sys.argv", ["show.py", "--device=cpu", *args]), contextlib.redirect_stdout(text):
             show.main()
     assert (out / "sheet.png").stat().st_size > 1000
-    assert sorted(os.listdir(out)) == ["gaze.json", "gaze.npz", "overlay.mp4", "sheet.png"]
+    assert sorted(os.listdir(out)) == ["gaze.json", "gaze.npz", "lock", "overlay.mp4", "sheet.png"]
     with av.open(str(out / "overlay.mp4")) as container:
         frames = [f.to_ndarray(format="rgb24").astype(int) for f in container.decode(video=0)]
     return dict(np.load(out / "gaze.npz")), frames, text.getvalue()
@@ -401,7 +401,7 @@ def test_videos_of_any_name(folder, tmp_path, name):
                            f"--ckpt={folder / 'model'}"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path / "out" / "gaze" / name[:-4])) == [
-        "gaze.json", "gaze.npz", "overlay.mp4", "sheet.png"]
+        "gaze.json", "gaze.npz", "lock", "overlay.mp4", "sheet.png"]
 
 
 @pytest.mark.skipif("GAZE_CLIPS" not in os.environ, reason="GAZE_CLIPS names no folder of real videos")

@@ -230,6 +230,10 @@ def test_adam_of_a_checkpoint_written_without_the_head_stays_as_it_is(tmp_path, 
     assert state["model"].keys() == gaze.state_dict().keys()
     close(state["optimizer"]["state"], optimizer.state_dict()["state"])
 
+    torch.save({"model_state": gaze.state_dict(), "optim_state": {"param_groups": []}}, tmp_path / "epoch_01.pth.tar")
+    with pytest.raises(ValueError, match="epoch_01.pth.tar is cut off or no file of weights"):
+        read_published(tmp_path / "epoch_01.pth.tar")
+
 
 def test_a_schedule_that_holds_a_function_is_read_without_running_anything():
     state = read_published(GOLDEN / "legacy_schedule.pth.tar")

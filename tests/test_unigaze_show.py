@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from piped import piped
 
 from lib import configurator, video_out
@@ -98,6 +99,17 @@ def test_a_broken_file_in_a_folder_is_passed_over(ckpt, known_faces, tmp_path, c
     (tmp_path / "in" / "b.jpg").write_bytes(ASTRONAUT.read_bytes())
     assert len(run(ckpt, tmp_path / "out", video=tmp_path / "in")) == 1
     assert "skipped: " in capsys.readouterr().out
+
+
+def test_an_animated_webp_is_a_film(tmp_path):
+    pictures = [Image.fromarray(np.full((32, 32, 3), level, np.uint8)) for level in (0, 100, 200)]
+    for name in ("a.webp", "a.png"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=40, lossless=True)
+        frames = list(show.read_frames(str(tmp_path / name)))
+        assert [frame.image.mean() for frame in frames] == [0, 100, 200]
+        assert [frame.seconds for frame in frames] == [0, 0.04, 0.08] and frames[0].rate == 25
+    pictures[0].save(tmp_path / "b.webp")
+    assert [frame.rate for frame in show.read_frames(str(tmp_path / "b.webp"))] == [None]
 
 
 def test_every_and_max_frames_choose_frames(ckpt, known_faces, tmp_path):

@@ -11,6 +11,7 @@ from argaze_tiny import tiny_argaze
 from conftest import tiny_gaze, tiny_mae
 from safetensors.torch import load_file, save_file
 
+from argaze.model import ARGaze, ARGazeConfig, build_encoder
 from lib import weights
 from model import Gaze, GazeConfig
 from unigaze.model import UniGaze, UniGazeConfig
@@ -136,3 +137,47 @@ def test_saved_weights_are_whole_or_absent(tmp_path, monkeypatch, mae):
         other.save_pretrained(tmp_path)
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("num_hidden_layers", 10 ** 9, "num_hidden_layers=1000000000 must be at most 1000"),
+    ("hidden_size", "x", "hidden_siz"), ("num_attention_heads", 3, "shape"), ("hidden_act", "none", "none"),
+    ("initializer_range", None, "initializer_range"),
+    ("pos_embed_jitter", [], "pos_embed_jitter"), ("model_type", "x", "x"), ("rope_theta", "x", "rope_theta")])
+def test_networks_that_transformers_cannot_build_are_refused(tmp_path, key, value, says):
+    tiny_argaze().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["encoder_config"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: its encoder_config is damaged.*{says}"):
+        ARGaze.from_pretrained(tmp_path)
+
+
+def test_damaged_networks_of_transformers_are_named(tmp_path):
+    encoder = tiny_argaze().encoder
+
+    def load():
+        return build_encoder(ARGazeConfig(encoder=str(tmp_path), patch_size=8, image_size=32))
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(load().norm.weight, encoder.norm.weight)
+    encoder.norm.weight.data[3] = float("nan")
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"encoder={tmp_path}: norm.weight holds NaN"):
+        load()
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=f"encoder={tmp_path} is damaged"):
+        load()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=f"encoder={tmp_path}: .*model.safetensors"):
+        load()
+
+
+def test_without_network_the_hub_is_not_tried_for_long(monkeypatch):
+    def unreachable(address, timeout):
+        raise OSError("no network")
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    with pytest.raises(FileNotFoundError, match="none/of-these: neither a folder here nor in reach.*hf download"):
+        Gaze.from_pretrained("none/of-these")
+    with pytest.raises(FileNotFoundError, match="encoder=none/of-these: neither a folder .*nor in reach on the hub"):
+        build_encoder(ARGazeConfig(encoder="none/of-these"))

@@ -44,7 +44,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data import VIDEO_SUFFIXES, VideoError, open_video, upright, video_stream
+from data import VIDEO_SUFFIXES, VideoError, open_stream, upright, video_stream
 from lib import configurator, video_out
 from lib.checkpoint import take_output
 from lib.run import init_processes, launch
@@ -134,14 +134,27 @@ def turn_back(frames):
         yield frame
 
 
+def read_picture(path):
+    """Yield the Frame of a picture, or those of an animated WebP or PNG, which FFmpeg does not read."""
+    try:
+        image = Image.open(path)
+        is_animated = image.format in ("WEBP", "PNG") and getattr(image, "n_frames", 1) > 1
+        rate = None
+        for i in range(image.n_frames if is_animated else 1):
+            if is_animated:
+                image.seek(i)
+                image.load()  # tells the milliseconds that this frame stays
+                rate = rate or 1000 / max(10, image.info.get("duration") or 100)
+            upright_image = ImageOps.exif_transpose(image)  # phones store pictures turned
+            yield Frame(i, i / (rate or 1), np.array(upright_image.convert("RGB")), rate)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
+        raise VideoError(f"{path}: cannot be read as a picture ({error})") from error
+
+
 def read_frames(path):
     """Yield the Frames of a picture, film or stream. VideoError names a source that cannot be read."""
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        try:
-            image = ImageOps.exif_transpose(Image.open(path))   # phones store pictures turned
-            yield Frame(0, 0.0, np.array(image.convert("RGB")))
-        except OSError as error:
-            raise VideoError(f"{path}: cannot be read as a picture ({error})") from error
+        yield from read_picture(path)
         return
 
     size = {}
@@ -158,14 +171,6 @@ def read_frames(path):
         if not size:
             raise VideoError(f"{path}: cannot be read as a video ({error})") from error
         print(f"{path}: ends early ({error})")
-
-
-def open_stream(path):
-    if path == "-":
-        return av.open("pipe:0", metadata_errors="ignore")
-    if path.startswith("/dev/video"):
-        return av.open(path, format="v4l2", metadata_errors="ignore")
-    return open_video(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
