@@ -135,13 +135,15 @@ def show(cfg, model, device, frames, film, rows):
             milliseconds = spent if milliseconds is None else 0.9 * milliseconds + 0.1 * spent  # running mean
             square = Square(picture)
             x, y = square.to_pixels(point)
-            rows.append((number, float(number / rate), x, y, spread * square.side))
+            row = (number, float(number / rate), x, y, spread * square.side)
 
         # draw every frame
         if picture.shape[0] > cfg.height:
             picture = resize(picture, cfg.height, round(picture.shape[1] * cfg.height / picture.shape[0]))
         text = f"{float(number / rate):.1f} s   {1000 / milliseconds:.1f} looks per second"
         film.write(draw(picture, probability, point, text))
+        if number % cfg.stride == 0:
+            rows.append(row)
 
 
 def main():

@@ -66,19 +66,25 @@ def read_csv(path, name=None):
 # written
 
 
+class WriteError(OSError):
+    """A file could not be written; the message names it."""
+
+
 @contextlib.contextmanager
 def naming(path):
-    """What goes wrong while `path` is written becomes an OSError that names it."""
+    """What goes wrong while `path` is written becomes a WriteError."""
     try:
         yield
+    except WriteError:
+        raise
     except (OSError, RuntimeError) as error:  # torch's and HDF5's writers report a full disk as a RuntimeError
-        raise OSError(f"{path} could not be written, is the disk full? ({error})") from error
+        raise WriteError(f"{path} could not be written, is the disk full? ({error})") from error
 
 
 @contextlib.contextmanager
 def written_whole(path):
     """Gives a temporary name to write to. The file gets its own name when the block ends well; else, as after a kill or
-    on a full disk, the one before it stays. OSError names the file."""
+    on a full disk, the one before it stays. Raises WriteError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}")  # hidden: who lists videos passes over it
     try:

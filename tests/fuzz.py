@@ -47,7 +47,8 @@ from unigaze import calibrate, normalise
 
 GOLDEN = Path(__file__).parent / "golden"
 ERRORS = (data.VideoError, unigaze.data.FaceError, OSError, ValueError)
-SECONDS = 20      # for one read
+BATCH = 20        # damaged files that one process reads
+SECONDS = 20      # for one of them
 MEMORY = 2 << 30  # bytes, beside what the process has taken before
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -325,28 +326,42 @@ KINDS = {
 # reading in bounds
 
 
-def outcome(read, folder, damaged):
-    """What came of reading: "result", "refused", or "BAD: …". A child process reads, which may hang or crash."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(SECONDS)
-        taken = int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (taken + MEMORY, taken + MEMORY))
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        os.write(writer, judge(read, folder, damaged).encode(errors="replace")[:3000])
-        os._exit(0)
+def read_damaged(kind, numbers, temporary, cfg):
+    """Yield (number, outcome) of the damaged files with these numbers: "result", "refused", or "BAD: …". A child
+    process reads them, which may hang or crash; then another one goes on behind that file."""
+    numbers = list(numbers)
+    while numbers:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            read_in_bounds(kind, numbers, temporary, cfg, writer)
+        os.close(writer)
+        with open(reader) as lines:
+            for line in lines:
+                yield numbers.pop(0), json.loads(line)
 
-    os.close(writer)
-    with open(reader, "rb") as file:
-        text = file.read().decode(errors="replace")
-    _, status = os.waitpid(child, 0)
-    if status == signal.SIGALRM:
-        return f"BAD: takes more than {SECONDS} seconds"
-    return text or f"BAD: the process ends with status {status}"
+        _, status = os.waitpid(child, 0)
+        if numbers and status in (signal.SIGPROF, signal.SIGALRM):
+            yield numbers.pop(0), f"BAD: takes more than {SECONDS} seconds"
+        elif numbers:
+            yield numbers.pop(0), f"BAD: the process ends with status {status}"
+
+
+def read_in_bounds(kind, numbers, temporary, cfg, writer):
+    """The child: writes an outcome a line, and ends."""
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    taken = int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + MEMORY, taken + MEMORY))
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    for i in numbers:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor, which others may use too
+        signal.alarm(20 * SECONDS)                     # of the clock
+        text = damage_and_read(kind, i, temporary, cfg)
+        os.write(writer, json.dumps(text[:1000]).encode() + b"\n")
+    os._exit(0)
 
 
 def judge(read, folder, damaged):
@@ -389,18 +404,20 @@ def fuzz(cfg):
             KINDS[kind][0](Path(temporary, kind))
 
         with tqdm(total=cfg.n and cfg.n * len(kinds), unit=" files", disable=None) as bar:
-            for i in range(cfg.n or sys.maxsize):
+            for first in range(0, cfg.n or sys.maxsize, BATCH):
                 for kind in kinds:
                     if cfg.n is None and time.monotonic() > end:
                         break
                     start = time.monotonic()
-                    text = damage_and_read(kind, i, Path(temporary), cfg)
+                    numbers = range(first, min(first + BATCH, cfg.n or sys.maxsize))
+                    for i, text in read_damaged(kind, numbers, Path(temporary), cfg):
+                        counts[kind][text.partition(":")[0]] += 1
+                        bar.update()
+                        if text.startswith("BAD"):
+                            bad.append(f"{kind} {i}: {text}")
+                            tqdm.write(bad[-1])
+                            keep(Path(temporary), f"{kind}_{i}_*", cfg.out)
                     seconds[kind] += time.monotonic() - start
-                    counts[kind][text.partition(":")[0]] += 1
-                    bar.update()
-                    if text.startswith("BAD"):
-                        bad.append(f"{kind} {i}: {text}")
-                        tqdm.write(bad[-1])
                 else:
                     continue
                 break
@@ -421,11 +438,17 @@ def damage_and_read(kind, i, temporary, cfg):
     damaged = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
     damage(damaged, draw)
 
-    text = outcome(KINDS[kind][1], folder, damaged)
-    if text.startswith("BAD"):
-        shutil.copytree(folder, Path(cfg.out, folder.name), dirs_exist_ok=True)
-    shutil.rmtree(folder)
+    text = judge(KINDS[kind][1], folder, damaged)
+    if not text.startswith("BAD"):
+        shutil.rmtree(folder)
     return text
+
+
+def keep(temporary, name, out):
+    """Move the damaged files of a bad outcome to the folder `out`."""
+    for folder in temporary.glob(name):
+        shutil.copytree(folder, Path(out, folder.name), dirs_exist_ok=True)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

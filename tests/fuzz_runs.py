@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, DINOv3ViTModel  # noqa: F401, read once, not in every child
 
 import argaze.make_data
 import argaze.train

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import resource
 import runpy
 import shutil
 import subprocess
@@ -376,23 +377,26 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch, capsys, scri
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and names in error, error
 
 
-@pytest.mark.parametrize("name, write", [
-    ("gaze.json", lambda path: write_whole(path, "x")),
-    ("config.json", lambda path: tiny_gaze().save_pretrained(path.parent)),
-    ("model.safetensors", lambda path: tiny_gaze().save_pretrained(path.parent)),
-    ("pred_gaze.txt", lambda path: unigaze.train.write_results(path.parents[1], 1, dict.fromkeys(
-        ("gaze", "head", "key", "prediction"), [1]))),
-    ("sheet.png", lambda path: video_out.save_picture(path, np.zeros((9, 9, 3), np.uint8))),
-    ("00000.h5", lambda path: write_h5(path, {"face_gaze": np.zeros((9, 2))}))])
-def test_a_full_disk_keeps_what_was_there(tmp_path, name, write):
-    """The error names the file; nothing half-written stays."""
-    folder = tmp_path / "epoch_1"
-    folder.mkdir()
-    (folder / name).write_text("before")
-    (folder / f".{name}").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=f"{name} could not be written, is the disk full"):
-        write(folder / name)
-    assert (folder / name).read_text() == "before" and not list(folder.glob(".*"))
+@pytest.mark.parametrize("name, room, write", [
+    ("gaze.json", 9, lambda path: write_whole(path, "x" * 10)),
+    ("last.pt", 9, lambda path: save_state(path, {"step": 1})),
+    ("config.json", 9, lambda path: tiny_gaze().save_pretrained(path.parent)),
+    ("model.safetensors", 9000, lambda path: tiny_gaze().save_pretrained(path.parent)),
+    ("gt_gaze.txt", 9, lambda path: unigaze.train.write_results(path.parent, 1, {"gaze": [1]})),
+    ("sheet.png", 9, lambda path: video_out.save_picture(path, np.zeros((9, 9, 3), np.uint8))),
+    ("00000.h5", 9, lambda path: write_h5(path, {"face_gaze": np.zeros((9, 2))}))])
+def test_a_full_disk_keeps_what_was_there(tmp_path, name, room, write):
+    """The error names the file; nothing half-written stays. room: bytes that a file may have."""
+    (tmp_path / name).write_text("before")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+    try:
+        with pytest.raises(OSError, match=f"{name} could not be written, is the disk full"):
+            write(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    files = [path.name for path in tmp_path.iterdir() if path.is_file()]
+    assert (tmp_path / name).read_text() == "before" and files == [name]
 
 
 def test_files_of_other_settings_are_refused(tmp_path):
