@@ -68,7 +68,7 @@ def check_labels(labels, n_frames, n_ids, path):
 def check_fields(key, label, path):
     """ValueError unless the label is two lists of lists and its name can be written."""
     try:
-        key.encode()
+        as_bytes(key)
     except UnicodeEncodeError:
         raise ValueError(f"label file {path}: {key!r} is no name of a file, it has half a character") from None
     if not isinstance(label, dict) or not {"gazing_pos", "task_losses"} <= label.keys():
@@ -77,6 +77,11 @@ def check_fields(key, label, path):
         frames = label[name]
         if not isinstance(frames, list) or any(not isinstance(frame, list) for frame in frames):
             raise ValueError(f"label file {path}: {key!r} needs a list per frame in {name!r}")
+
+
+def as_bytes(key):
+    """A video's name as the file system has it, UTF-8 or not."""
+    return key.encode(errors="surrogateescape")
 
 
 def check_label(key, label, n_frames, n_ids, path):
@@ -124,7 +129,7 @@ def pack_labels(source, out=None):
 
     # sorted as bytes, so that a name is found by bisection
     labels = read_labels(source)
-    keys = sorted(labels, key=str.encode)
+    keys = sorted(labels, key=as_bytes)
     n_frames = len(labels[keys[0]]["gazing_pos"]) if keys else 0
 
     ids = array("i")
@@ -153,7 +158,7 @@ def pack_labels(source, out=None):
     try:
         with naming(out):
             tmp.mkdir(parents=True)
-            np.save(tmp / "keys.npy", np.array([key.encode() for key in keys], dtype=bytes))
+            np.save(tmp / "keys.npy", np.array([as_bytes(key) for key in keys], dtype=bytes))
             np.save(tmp / "ids.npy", np.array(ids, np.int32))
             np.save(tmp / "losses.npy", np.array(losses, np.float32))
             np.save(tmp / "offsets.npy", np.array(offsets, np.int64))
@@ -218,12 +223,12 @@ class PackedLabels:
         """Bools: which of these keys have a label."""
         if len(self) == 0:
             return [False] * len(keys)
-        keys = np.array([key.encode(errors="surrogateescape") for key in keys])
+        keys = np.array([as_bytes(key) for key in keys])
         rows = np.searchsorted(self.keys, keys).clip(max=len(self) - 1)
         return (self.keys[rows] == keys).tolist()
 
     def __getitem__(self, key):
-        key_bytes = key.encode(errors="surrogateescape")
+        key_bytes = as_bytes(key)
         name = np.array(key_bytes, self.keys.dtype)  # with another dtype numpy would copy all keys
         row = int(np.searchsorted(self.keys, name))
         if row == len(self) or self.keys[row] != key_bytes:

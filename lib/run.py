@@ -18,6 +18,7 @@ The shared parts read these keys of a script's config; all else in it is the scr
 log_every, save_every, val_every, n_workers, cache are read by the scripts alone; they have the same meaning in all.
 """
 import contextlib
+import io
 import math
 import os
 import signal
@@ -40,6 +41,8 @@ def launch(main, *errors):
     """Run a script's main(). What the user has to put right (a missing folder, settings that do not fit, a full disk,
     and whatever else raises one of `errors`) ends in one line and exit code 2; bugs in a traceback, and a ValueError
     once training has begun counts as one. With the environment variable GAZE_DEBUG set, all errors do."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files may not be UTF-8
     try:
         main()
     except (OSError, ValueError, FloatingPointError, *errors) as error:

@@ -100,4 +100,4 @@ def written_whole(path):
 
 def write_whole(path, text):
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files may not be UTF-8

@@ -40,8 +40,8 @@ def test_check_label(pos, losses, message):
 def labels():
     rng = np.random.default_rng(0)
     frames = [[rng.permutation(9)[:n] + 9 * t for t, n in enumerate(row)] for row in rng.integers(0, 5, (40, 3))]
-    return {f"dätä/train/{name}.mp4": {"gazing_pos": [f.tolist() for f in frames[i]],
-                                       "task_losses": [rng.random(len(f)).round(6).tolist() for f in frames[i]]}
+    return {f"dätä\udcff/train/{name}.mp4": {"gazing_pos": [f.tolist() for f in frames[i]],
+                                           "task_losses": [rng.random(len(f)).round(6).tolist() for f in frames[i]]}
             for i, name in enumerate(rng.permutation(40))}
 
 

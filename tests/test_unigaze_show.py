@@ -101,6 +101,12 @@ def test_a_broken_file_in_a_folder_is_passed_over(ckpt, known_faces, tmp_path, c
     assert "skipped: " in capsys.readouterr().out
 
 
+def test_videos_of_any_name(ckpt, tmp_path):
+    film = write_film(tmp_path / os.fsdecode(b"\xff\xe4:30.mp4"), n_frames=2)
+    rows = run(ckpt, tmp_path / "out", video=film, faces="whole")
+    assert len(rows) == 2 and len(list((tmp_path / "out").glob("*.mp4"))) == 1
+
+
 def test_an_animated_webp_is_a_film(tmp_path):
     pictures = [Image.fromarray(np.full((32, 32, 3), level, np.uint8)) for level in (0, 100, 200)]
     for name in ("a.webp", "a.png"):

@@ -395,8 +395,9 @@ def run(cfg, model, device):
         if is_stopped:
             break
 
-    with written_whole(out / "gaze.csv") as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+    with written_whole(out / "gaze.csv") as temporary:
+        with open(temporary, "w", newline="", errors="surrogateescape") as file:  # names of files may not be UTF-8
+            csv.writer(file).writerows([COLUMNS, *rows])
     if cfg.targets:
         calibrate.save(out / "calibration.json", pairs)
     print(f"{out}: pictures with arrows, gaze.csv")
