@@ -43,7 +43,7 @@ def run(ckpt, out, **settings):
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     cfg = configurator.load(show.Config, [f"--ckpt={ckpt}", f"--out={out}", "--device=cpu", *arguments])
     show.run(cfg, show.load(cfg.ckpt), "cpu")
-    with open(Path(out) / "gaze.csv", newline="") as file:
+    with open(Path(out) / "gaze.csv", newline="", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
