@@ -712,9 +712,9 @@ class ARGaze(nn.Module):
     def check_truth(self, heatmaps, points, B, T):
         check_tensor(heatmaps, self.position_code, "(B, T, h, w)", "heatmaps")
         if heatmaps.dim() != 4 or heatmaps.shape[:2] != (B, T) or heatmaps.numel() == 0:
-            raise ValueError(f"heatmaps are {tuple(heatmaps.shape)}, expected ({B}, {T}, h, w), as the video's frames")
+            raise ValueError(f"heatmaps are {tuple(heatmaps.shape)}, expected ({B}, {T}, h, w), of the video's frames")
         if points is not None and points.shape != (B, T, 2):
-            raise ValueError(f"points are {tuple(points.shape)}, expected ({B}, {T}, 2), as the video's frames")
+            raise ValueError(f"points are {tuple(points.shape)}, expected ({B}, {T}, 2), of the video's frames")
         if self.checks_values:
             check_values(heatmaps, 0, math.inf, "maps of data.heatmaps(points)", "heatmaps")
             if points is not None:
