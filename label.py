@@ -6,11 +6,12 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 label.py …   # both nodes
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 label.py config/toy_label.py       # on a CPU: one process per core
 
-For each slot of a frame every patch not yet gazed is tried, and the one that leaves the lowest reconstruction loss of
-that frame is kept, with that loss (paper, section 3.4). With --exact=false only n_tried of them are: some that gained
-most when last tried in this frame, the others those that were not tried for longest. Five times faster, and the loss is
-hardly higher (docs/training.md). With --teacher the labels are what a trained gaze model takes at the same budgets,
-and the losses that it predicts, to train another like it. Writes <out> in the published gazing_labels.json format:
+For each slot of a frame patches not yet gazed are tried, and the one that leaves the lowest reconstruction loss of that
+frame is kept, with that loss (paper, section 3.4). With --exact=true all of them are tried, else n_tried: some that
+gained most when last tried in this frame, the others those not tried for longest. That is ten times faster with 265
+ids, and the loss is about a per cent higher (docs/training.md). With --teacher the labels are what a trained gaze model
+takes at the same budgets, and the losses that it predicts, to train another like it. Writes <out> in the published
+gazing_labels.json format:
     {"dataset/split/file.mp4": {"gazing_pos": [[id + V·t, …] per frame], "task_losses": [[loss after it, …] per frame]}}
 While it runs, each process appends a line per finished clip to <out>.rankN.jsonl, so a killed run loses one clip each.
 <out> holds the clips that this run was asked for (splits, max_clips), those that an earlier one did included.
@@ -62,8 +63,8 @@ class Config:
     ratio_rate: float = 10.0           # of the exponential
     alpha: str = "10,3"                # Dirichlet split over frames, the last value repeated (paper: 10,3,3,…)
     max_clips: int = 0                 # label only the first so many of each split; 0: all
-    exact: bool = True                 # try every patch in every slot (paper); false: n_tried of them
-    n_tried: int = 16                  # with exact=false; more of them: lower loss, slower
+    exact: bool = False                # true: try every patch in every slot (paper), ten times slower; else n_tried
+    n_tried: int = 26                  # a tenth of 265 ids; more of them: lower loss, slower (docs/training.md)
     max_candidates: int = 512          # candidates in one batch: bounds memory
     seed: int = 666                    # budgets of a clip depend on this and its name only
     device: str = "auto"               # auto | cpu | cuda

@@ -13,7 +13,6 @@ ratio_max = 0.35
 split = "mean"
 stop_early = 0.5            # the head learns what is left where it stops
 requirement_min = 0.3
-requirement_max = 1.0
 temperature = 0.7
 temperature_end = 0.35
 recon_sample_rate = 1.0     # all frames: cheap here, and less noise
