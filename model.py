@@ -47,7 +47,7 @@ from gazing import (
     where_slots_are_predicted,
 )
 from lib.attention import causal_attention
-from lib.cpu import Linear, add_linear, conv3d, linear, pack, rms_norm
+from lib.cpu import Linear, add_linear, conv3d, linear, pack
 from lib.cuda_graph import replay
 from lib.loader import send
 from lib.pixels import check_tensor, check_video
@@ -257,7 +257,7 @@ class Layer(nn.Module):
 
     def project(self, x, turns, qkv):
         """Before attention: x (B, L, D) -> queries, keys and values (3, B, H, L, d)."""
-        y = rms_norm(x, self.eps)
+        y = F.rms_norm(x, x.shape[-1:], eps=self.eps)
         y = linear(y, qkv)
         y = y.unflatten(2, (3, self.num_heads, -1))
         return rotate(y, turns).permute(2, 0, 3, 1, 4)
@@ -268,7 +268,7 @@ class Layer(nn.Module):
         x = add_linear(x, y, out)
 
         # SwiGLU
-        y = rms_norm(x, self.eps)
+        y = F.rms_norm(x, x.shape[-1:], eps=self.eps)
         y = linear(y, gate_up)
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
@@ -407,7 +407,7 @@ class Gaze(nn.Module):
 
         # run, and read the heads of the tokens that predict
         h = self.decoder(tokens, query_index=query_index)
-        h = rms_norm(h, self.config.rms_norm_eps) * self.decoder.norm.weight  # (rows, Q, D)
+        h = F.rms_norm(h, h.shape[-1:], self.decoder.norm.weight, self.config.rms_norm_eps)  # (rows, Q, D)
         logits = self.lm_head(h)
         logits = logits.unflatten(2, (K, V + 1)).flatten(1, 2)  # (rows, Q·K, V + 1)
         logits = logits[:, head_of_slot].float()  # (rows, N, V + 1)
@@ -445,8 +445,8 @@ class Gaze(nn.Module):
         starts afresh; without it such a video is a ValueError. batch_size: how many clips, chunks or tiles run
         together, which bounds memory; default: all clips, 16 chunks or tiles. allowed: gaze only at these scales,
         "112+224", or ids, in this model's own numbering whatever the target; the ratio stays a share of all V.
-        cuda_graph: replay the decoder as one CUDA graph if all clips have the same budget and there is neither
-        requirement, generator nor allowed (not yet run on a GPU).
+        cuda_graph: from the second call with the same sizes and budgets on, replay the decoder as one CUDA graph, if
+        all clips have the same budget and there is neither requirement, generator nor allowed (not yet run on a GPU).
 
         Returns the dict of the module's docstring plus gazing_mask, a list of S tensors (G·B, T, V_s) of 0/1.
         """
@@ -737,21 +737,19 @@ class GazeStream:
         """h (B, D) -> logits (B, K, V + 1) and predicted losses (B, K)."""
         V = self.config.num_ids
         K = self.config.num_multi_token_pred
-        h = rms_norm(h, self.config.rms_norm_eps)
+        h = F.rms_norm(h, h.shape[-1:], eps=self.config.rms_norm_eps)
         y = linear(h, self.heads).float()
         logits, predicted_loss = y.split([K * (V + 1), K], dim=1)
         return logits.unflatten(1, (K, V + 1)), predicted_loss
 
     def choose(self, logits):
         """logits (B, n, V + 1) of n slots, -inf at banned ids -> distinct ids (B, n). Changes the logits."""
-        # to draw from a softmax, add Gumbel noise and take the best
-        noise = 0
+        # to draw from a softmax, add Gumbel noise and take the best; noise is its negative
         if self.temperature > 0:
-            logits = logits / self.temperature
             noise = torch.empty_like(logits).exponential_(generator=self.generator)
-            noise = noise.clamp_(min=1e-8).log_().neg_()  # without the limit, a 0 would win against -inf
-        if self.n_likeliest is None and self.temperature > 0:
-            logits += noise
+            noise = noise.clamp_(min=1e-8).log_()  # without the limit, a 0 would win against -inf
+            if self.n_likeliest is None:
+                logits.sub_(noise, alpha=self.temperature)
 
         B, n = logits.shape[:2]
         ids = torch.empty(B, n, 1, dtype=torch.long, device=self.device)
@@ -759,7 +757,7 @@ class GazeStream:
             scores = logits[:, i]
             if self.n_likeliest is not None and self.temperature > 0:
                 lowest = scores.topk(min(self.n_likeliest, scores.shape[1])).values[:, -1:]
-                scores = scores.masked_fill(scores < lowest, -math.inf) + noise[:, i]
+                scores = scores.masked_fill(scores < lowest, -math.inf).sub_(noise[:, i], alpha=self.temperature)
             torch.argmax(scores, dim=1, keepdim=True, out=ids[:, i])
 
             # no later slot takes the same patch

@@ -24,7 +24,7 @@ from einops import rearrange
 
 from gazing import as_sides, check_gazing, frame_of_slot
 from lib.attention import BlockCausal, causal_attention
-from lib.cpu import linear, quicken, scaled_dot_product_attention
+from lib.cpu import linear, quicken
 from lib.pixels import check_video
 from lib.weights import load_network
 
@@ -187,7 +187,7 @@ class GazeSigLIP(nn.Module):
         if self.attention == "causal":
             return causal_attention
         if self.attention == "bidirectional" or len(ends) == 1:
-            return scaled_dot_product_attention
+            return F.scaled_dot_product_attention
         return BlockCausal(ends, device)
 
     def attend(self, q, k, v, sequences, views):

@@ -5,19 +5,22 @@ Dimension key: B clips, H heads, q queries, L tokens, d width of a head.
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from lib.cpu import min_tokens_by_block, needs_no_mask, scaled_dot_product_attention
+from lib.cpu import attend_past_and_new, min_tokens_by_block, needs_no_mask
 
 
 def causal_attention(q, k, v):
     """Each token attends to itself and to the tokens before it. q (B, H, q, d): the last q of the L tokens whose keys
     and values are k, v (B, H, L, d)."""
     n_queries, n_tokens = q.shape[2], k.shape[2]
-    if n_queries == n_tokens or needs_no_mask(q):
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
+    if n_queries == n_tokens:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if n_queries == 1:
-        return scaled_dot_product_attention(q, k, v)      # the last token sees all
+        return F.scaled_dot_product_attention(q, k, v)    # the last token sees all
+    if needs_no_mask(q):
+        return attend_past_and_new(q, k, v)
 
     # CUDA kernels know this mask by name; spelled out, it would rule out flash attention. Not yet run on a GPU
     if q.device.type == "cuda":
@@ -25,7 +28,7 @@ def causal_attention(q, k, v):
     else:
         room = -(-n_tokens // 1024) * 1024
         mask = causal_mask(n_queries, room, q.dtype, q.device)[:, room - n_tokens:]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @functools.lru_cache(maxsize=4)   # made for many lengths: for fewer tokens, columns are left out on the left
@@ -57,7 +60,7 @@ class BlockCausal:
     def __call__(self, q, k, v):
         """q, k, v (B, H, L, d) -> (B, H, L, d)"""
         if self.mask is not None:
-            return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
         # long ones without an L x L mask: the queries of a block meet a growing slice of the keys
         k, v = k.contiguous(), v.contiguous()             # once; else every block may copy its slice
@@ -67,7 +70,7 @@ class BlockCausal:
             if end > start:
                 visible = None if self.keep is None else self.keep[..., :end]
                 block = q[:, :, start:end]
-                out.append(scaled_dot_product_attention(block, k[:, :, :end], v[:, :, :end], attn_mask=visible))
+                out.append(F.scaled_dot_product_attention(block, k[:, :, :end], v[:, :, :end], attn_mask=visible))
             start = end
         return torch.cat(out, dim=2)
 

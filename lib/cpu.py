@@ -1,26 +1,25 @@
 """What makes a CPU fast, behind the signatures of torch's own functions. On other devices these are torch's functions.
 
     y = linear(x, weight, bias)                                        # F.linear; Linear: nn.Linear
-    y = scaled_dot_product_attention(q, k, v, is_causal=True)          # F.scaled_dot_product_attention
+    y = conv3d(x, weight, bias)                                        # F.conv3d
+    y = attend_past_and_new(q, k, v)                                   # causal attention
 
-linear() multiplies through oneDNN, twice as fast on AMD CPUs with AVX-512: PyTorch hands float32 products to MKL, which
-reaches 110 GFLOP/s on one core of such an EPYC; oneDNN, which PyTorch contains too, reaches 240. Intel's processors
-were not tried. `torch.backends.mkldnn.enabled = False` switches it off.
+PyTorch hands float32 products to MKL, which leaves half of some AMD processors unused; oneDNN, which PyTorch contains
+too, does not. Which of the two is faster is measured when this file is imported.
+`torch.backends.mkldnn.enabled = False` switches oneDNN off.
 
 Dimension key: B clips, H heads, L queries, K keys, d width of a head.
 """
+import math
+import time
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ONEDNN_IS_FASTER = (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-                    and torch.backends.cpu.get_cpu_capability() == "AVX512")
-
 MIN_MULTIPLICATIONS = 4e6              # of a product: below, calling oneDNN costs more (15 us for 3) than it saves
-MIN_MULTIPLICATIONS_PER_HEAD = 4e6     # of attention: below, torch's own operator is faster
 MIN_WEIGHTS_TO_PACK = 50_000
 MIN_QUERIES_WITHOUT_MASK = 64          # a frame's tokens; a block of ten gazes is faster with a mask
-QUERIES_AT_ONCE = 256                  # of causal attention: fewer scores are computed in vain, more calls are needed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,6 +81,25 @@ def onednn_linear(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def onednn_gain():
+    """How many times as fast oneDNN multiplies two 256 x 256 matrices as torch.mm does: 0.9 on a Zen 3, 2 on a Zen 5.
+    Takes 20 ms."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return 0.0
+    x = torch.ones(256, 256, device="cpu", dtype=torch.float32)
+    fewest_seconds = [math.inf, math.inf]
+    for _ in range(20):
+        for i, multiply in enumerate((torch.mm, onednn_linear)):
+            start = time.perf_counter()
+            multiply(x, x)
+            fewest_seconds[i] = min(fewest_seconds[i], time.perf_counter() - start)
+    return fewest_seconds[0] / fewest_seconds[1]
+
+
+# Where the two are level, noise must not decide: a resumed run has to equal an uninterrupted one bit for bit.
+ONEDNN_IS_FASTER = onednn_gain() > 1.3
+
+
 class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -110,18 +128,6 @@ class OneDNNLinear(torch.autograd.Function):
         return x_grad, weight_grad, bias_grad
 
 
-def rms_norm(x, eps):
-    """F.rms_norm without weights over the last dimension, in float32 whatever the type of x: x (…, D) -> (…, D)."""
-    y = x.float()
-    if x.is_cuda:
-        return F.rms_norm(y, y.shape[-1:], eps=eps).to(x.dtype)  # one kernel
-
-    # on a CPU, torch's takes twice as many passes
-    length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    root = torch.hypot(length * y.shape[-1] ** -0.5, y.new_tensor(eps ** 0.5))
-    return (y / root).to(x.dtype)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # convolutions
 
@@ -142,37 +148,15 @@ def conv3d(x, weight, bias=None, stride=(1, 1, 1), padding=(0, 0, 0)):
 # attention
 
 
-def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False):
-    """torch's function for q (B, H, L, d) and k, v (B, H, K, d), with one difference: with is_causal the queries are
-    the last L of the K tokens, on a CPU also where K > L (torch: the first). First derivatives only."""
-    if by_head_pays(q, k):
-        if is_causal:
-            return CausalByHead.apply(q, k, v)
-        if not torch.is_grad_enabled():
-            if attn_mask is None:
-                return attend_by_head(q, k, v)
-            if is_key_mask(attn_mask):
-                return attend_by_head(q, k, v, keep=attn_mask[:, 0, 0])
-
-    if is_causal and q.shape[2] < k.shape[2]:
-        return attend_past_and_new(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
-
-
 def needs_no_mask(q):
-    """Whether causal attention of these queries to more keys is faster with is_causal=True than with a mask."""
-    return q.device.type == "cpu" and q.shape[2] >= MIN_QUERIES_WITHOUT_MASK
-
-
-def min_tokens_by_block(device):
-    """Block-causal attention of fewer tokens is faster in one call with a mask than in one call per block. On a CPU the
-    mask makes 339 tokens in 14 blocks take 1.5 times as long."""
-    return 256 if device.type == "cpu" else 1024
+    """Whether attend_past_and_new is faster than a mask."""
+    return q.device.type == "cpu" and q.shape[2] >= MIN_QUERIES_WITHOUT_MASK and not q.requires_grad
 
 
 def attend_past_and_new(q, k, v):
-    """Causal attention on a CPU, where a mask would cost 14 %. Attend to the past and to the new keys separately, then
-    merge the two with their log-sum-exp, which only this operator returns."""
+    """Causal attention of q (B, H, L, d), the last L of K > L tokens, to k and v (B, H, K, d), without gradients. With
+    a mask, generate takes 6 to 9 % longer. Attend to the past and to the new keys separately, then merge the two with
+    their log-sum-exp, which only this operator returns."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     sizes = [k.shape[2] - q.shape[2], q.shape[2]]
     past_k, new_k = k.split(sizes, dim=2)
@@ -184,101 +168,7 @@ def attend_past_and_new(q, k, v):
     return torch.lerp(new, past, past_share.to(new.dtype))
 
 
-def by_head_pays(q, k):
-    n_multiplications = q.shape[2] * k.shape[2] * q.shape[3]
-    if n_multiplications < MIN_MULTIPLICATIONS_PER_HEAD:
-        return False
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return not torch.is_grad_enabled()
-    return onednn_pays(q)
-
-
-def is_key_mask(mask):
-    """Whether a mask says of each clip's keys which may be seen: (B, 1, 1, K) bool."""
-    return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1)
-
-
-def attend_by_head(q, k, v, keep=None, is_causal=False):
-    """Attention in half to three quarters of the time of torch's operator: its products are those of linear(), and the
-    scores of one head stay in the processor's cache. keep (B, K) True for keys that may be seen, at least one."""
-    out = torch.empty_like(q)
-    q = q * q.shape[-1] ** -0.5
-    for b, h, rows, keys in parts(q, k, is_causal):
-        keep_keys = None if keep is None else keep[b]
-        queries = q[b, h, rows]
-        values = v[b, h, keys]
-        probabilities = attention_probabilities(queries, k[b, h, keys], keep_keys, is_causal)
-        out[b, h, rows] = linear(probabilities, values.T)
-    return out
-
-
-def parts(q, k, is_causal):
-    """Yield (clip, head, slice of its queries, slice of the keys that these see). The last queries, which see most
-    keys, come first, so that the scores of the others fit into the same memory."""
-    n_queries = q.shape[2]
-    n_past = k.shape[2] - n_queries
-    step = QUERIES_AT_ONCE if is_causal else n_queries
-
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            for start in reversed(range(0, n_queries, step)):
-                end = min(start + step, n_queries)
-                n_keys = n_past + end if is_causal else k.shape[2]
-                yield b, h, slice(start, end), slice(0, n_keys)
-
-
-def attention_probabilities(q, k, keep, is_causal):
-    """q (L, d), scaled; k (K, d); keep (K,) bool or None -> (L, K)."""
-    scores = linear(q, k)
-    if keep is not None:
-        scores.masked_fill_(~keep, float("-inf"))
-    if is_causal:
-        n = len(q)
-        is_later = torch.ones(n, n, dtype=torch.bool).triu(1)
-        scores[:, -n:].masked_fill_(is_later, float("-inf"))
-    return torch.softmax(scores, dim=-1, out=scores)
-
-
-class CausalByHead(torch.autograd.Function):
-    """attend_by_head(is_causal=True) with its first derivatives."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        q, k, v = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v)
-        out = attend_by_head(q, k, v, is_causal=True)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        q, k, v, out = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        q = q * scale
-        grad = grad.contiguous()
-        mean = (grad * out).sum(-1, keepdim=True)      # of the gradient under each query's probabilities
-
-        q_grad = torch.empty_like(q)
-        k_grad = torch.zeros_like(k)
-        v_grad = torch.zeros_like(v)
-        for b, h, rows, keys in parts(q, k, is_causal=True):
-            queries = q[b, h, rows]
-            some_keys = k[b, h, keys]
-            out_grad = grad[b, h, rows]
-            probabilities = attention_probabilities(queries, some_keys, None, is_causal=True)
-
-            # Gradient of the scores: each probability times how far its value's gradient lies above the mean.
-            score_grad = linear(out_grad, v[b, h, keys])
-            score_grad.sub_(mean[b, h, rows]).mul_(probabilities)
-
-            q_grad[b, h, rows] = linear(score_grad, some_keys.T).mul_(scale)
-            k_grad[b, h, keys] += linear(queries.T, score_grad.T).T
-            v_grad[b, h, keys] += linear(out_grad.T, probabilities.T).T
-        return q_grad, k_grad, v_grad
-
-
-def with_whole_rows(x):
-    """x (B, H, L, d) with each head's rows one behind the other, which oneDNN multiplies without copying them."""
-    if x.stride()[2:] == (x.shape[3], 1):
-        return x
-    return x.contiguous()
+def min_tokens_by_block(device):
+    """Block-causal attention of fewer tokens is faster in one call with a mask than in one call per block. On a CPU the
+    mask makes 339 tokens in 14 blocks take 1.5 times as long."""
+    return 256 if device.type == "cpu" else 1024

@@ -1,13 +1,13 @@
 """Work of fixed shapes as one CUDA graph: thousands of small kernels are started at once, not one by one by Python.
 
-    y = replay(work, x, key, module)       # work(x), a dict of tensors; recorded when a key is seen first
+    y = replay(work, x, key, module)       # work(x), a dict of tensors; recorded when a key is seen a second time
 
 The work must read nothing from the device and copy nothing to it. It may draw from torch's own generator. This file has
 not been run on a GPU yet.
 """
 import torch
 
-MOST_GRAPHS = 8  # the oldest is dropped: each keeps the memory that its work needs
+MOST_GRAPHS = 8  # the one that was needed longest ago is dropped: each keeps the memory that its work needs
 
 graphs = {}
 
@@ -18,12 +18,15 @@ def replay(work, x, key, module):
     addresses = tuple(weight.data_ptr() for weight in module.parameters())
     precision = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     key = (key, addresses, precision, x.shape, x.dtype, x.device)
-    if key not in graphs:
+    if key not in graphs:  # may never come again, as the budgets of a random ratio
         if len(graphs) == MOST_GRAPHS:
             del graphs[next(iter(graphs))]
-        graphs[key] = record(work, x.clone())
+        graphs[key] = None
+        return work(x)
 
-    graph, own_x, result = graphs[key]
+    recorded = graphs.pop(key) or record(work, x.clone())
+    graphs[key] = recorded
+    graph, own_x, result = recorded
     own_x.copy_(x)
     graph.replay()
     return {name: tensor.clone() for name, tensor in result.items()}

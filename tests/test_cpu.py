@@ -1,4 +1,6 @@
 """lib/cpu.py and what lib/attention.py makes of it: the same figures as PyTorch's own operators."""
+import itertools
+
 import pytest
 import torch
 import torch.nn as nn
@@ -17,7 +19,6 @@ needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="PyTorch without oneDNN
 def everything_is_large_and_onednn_is_faster(monkeypatch):
     monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", HAS_ONEDNN)
     monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS_PER_HEAD", 0)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -79,6 +80,15 @@ def test_packed_weights():
 
 
 @needs_onednn
+def test_onednn_is_taken_where_it_is_faster(monkeypatch):
+    ticks = itertools.accumulate(itertools.cycle([0, 3, 0, 1]))  # torch takes 3 seconds, oneDNN 1
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(ticks))
+    assert cpu.onednn_gain() == 3
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert cpu.onednn_gain() == 0
+
+
+@needs_onednn
 def test_who_gets_it_and_how_to_switch_it_off(monkeypatch):
     calls, x, layer = [], torch.randn(6, 24), cpu.quicken(nn.Sequential(nn.Linear(24, 40)))
     monkeypatch.setattr(cpu, "onednn_linear", lambda *a: calls.append(a) or F.linear(*a))
@@ -91,15 +101,6 @@ def test_who_gets_it_and_how_to_switch_it_off(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     layer(x)
     assert len(calls) == 1
-
-
-@pytest.fixture
-def by_head(monkeypatch):
-    """Counts the products that attention computes head by head."""
-    calls = []
-    real = cpu.attention_probabilities
-    monkeypatch.setattr(cpu, "attention_probabilities", lambda *a: calls.append(1) or real(*a))
-    return calls
 
 
 def queries_keys_values(n_queries, n_keys, dtype=torch.float32):
@@ -116,32 +117,18 @@ both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 @both_types
-@pytest.mark.parametrize("with_mask", [False, True])
-@torch.no_grad()
-def test_attention_by_head(by_head, dtype, with_mask):
-    q, k, v = queries_keys_values(14, 300, dtype)
-    mask = torch.rand(2, 1, 1, 300) < 0.7 if with_mask else None
-    assert_attends(cpu.scaled_dot_product_attention(q, k, v, attn_mask=mask), q, k, v, mask)
-    assert by_head or not HAS_ONEDNN
-
-
-@both_types
-@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("n_queries, n_keys", [(1, 30), (10, 30), (80, 300), (300, 300)])
 @torch.no_grad()
-def test_causal_attention(monkeypatch, by_head, dtype, large, n_queries, n_keys):
-    monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS_PER_HEAD", 0 if large else 1e9)
+def test_causal_attention(dtype, n_queries, n_keys):
     q, k, v = queries_keys_values(n_queries, n_keys, dtype)
     mask = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
     assert_attends(attention.causal_attention(q, k, v), q, k, v, mask)
-    if n_queries > 64:
-        assert bool(by_head) == large or not HAS_ONEDNN
 
 
 @both_types
 @pytest.mark.parametrize("n_tokens", [60, 300])
 @torch.no_grad()
-def test_block_causal_attention(by_head, dtype, n_tokens):
+def test_block_causal_attention(dtype, n_tokens):
     q, k, v = queries_keys_values(n_tokens, n_tokens, dtype)
     keep = torch.rand(2, n_tokens) < 0.7
     keep[:, 0] = True
@@ -149,7 +136,6 @@ def test_block_causal_attention(by_head, dtype, n_tokens):
     end_of_token = torch.tensor([20] * 20 + [45] * 25 + [n_tokens] * (n_tokens - 45)).unsqueeze(1)
     mask = (torch.arange(n_tokens) < end_of_token) & keep[:, None, None]
     assert_attends(attention.BlockCausal(ends, q.device, keep)(q, k, v), q, k, v, mask)
-    assert bool(by_head) == (n_tokens > 256) or not HAS_ONEDNN
 
 
 def test_a_mask_made_for_inference_serves_training_too():
@@ -164,15 +150,13 @@ def test_a_mask_made_for_inference_serves_training_too():
 
 @pytest.mark.parametrize("past", [0, 5])
 def test_causal_attention_has_the_same_gradients(past):
-    torch.manual_seed(0)
-    L = 600  # more than two parts
-    values = [torch.randn(2, 2, n, 8) for n in (L, past + L, past + L)]
-    mask = torch.ones(L, past + L, dtype=torch.bool).tril(past)
+    values = queries_keys_values(80, past + 80)
+    mask = torch.ones(80, past + 80, dtype=torch.bool).tril(past)
     results = []
     for function in (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
-                     cpu.CausalByHead.apply):
+                     attention.causal_attention):
         q, k, v = (x.clone().requires_grad_() for x in values)
-        y = function(q, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)))  # as a model has them
+        y = function(q, k, v)
         (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
         results.append((y, q.grad, k.grad, v.grad))
     for got, want in zip(*reversed(results), strict=True):
@@ -182,9 +166,7 @@ def test_causal_attention_has_the_same_gradients(past):
 @needs_onednn
 def test_training_has_the_same_gradients(monkeypatch):
     gaze, video = tiny_gaze(), normal_video(2)
-    gazing, used = gaze.generate(video, gazing_ratio=0.5), []
-    apply = cpu.CausalByHead.apply
-    monkeypatch.setattr(cpu.CausalByHead, "apply", lambda *a: used.append(1) or apply(*a))
+    gazing = gaze.generate(video, gazing_ratio=0.5)
     gradients = []
     for enabled in (True, False):
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
@@ -192,7 +174,6 @@ def test_training_has_the_same_gradients(monkeypatch):
         log_prob, task_loss = gaze(video, gazing)
         (log_prob.sum() + task_loss.sum()).backward()
         gradients.append([p.grad.clone() for p in gaze.parameters()])
-        assert len(used) == gaze.config.num_layers - 1  # the last layer has a mask; the second time none more
     for got, want in zip(*gradients, strict=True):
         close(got, want, rtol=1e-3, atol=1e-4)
 

@@ -1,11 +1,12 @@
 """lib/ serves three systems and knows none of them."""
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib import run
+from lib import cuda_graph, run
 
 LIB = Path(__file__).parent.parent / "lib"
 
@@ -27,3 +28,17 @@ def test_the_device_is_chosen_by_what_there_is(has_mps, has_cuda, expected, monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     assert str(run.init_processes("auto")[2]) == expected
+
+
+def test_a_cuda_graph_is_recorded_for_what_comes_twice(monkeypatch):
+    """And the one that was needed longest ago is dropped."""
+    recorded = []
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(cuda_graph, "graphs", {})
+    monkeypatch.setattr(cuda_graph, "record", lambda work, x: recorded.append(x.item()) or (graph, x, {"y": x}))
+    for number in (1, 2, 1, 1, 3, 1, 2, 2, 1):
+        x = torch.tensor(float(number))
+        y = cuda_graph.replay(lambda x: {"y": x}, x, number, torch.nn.Identity())
+        assert y["y"] == number
+    assert recorded == [1, 2]

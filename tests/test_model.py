@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 from gazing import join_frames, split_frames
+from lib import run
 from lib.attention import causal_attention
 from model import Gaze, GazeConfig
 
@@ -229,11 +230,23 @@ def test_a_ratio_written_as_n_over_v_gives_n(dtype, scales):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_chooses_the_same(gaze, video):
     gaze, video = gaze.cuda(), video.cuda()
-    for ratio in (0.4, [0.9, 0.2, 0.37, 0.5], 0.4):
+    for ratio in (0.4, [0.9, 0.2, 0.37, 0.5], 0.4, 0.4):  # the third call records
         with torch.no_grad():
             gaze.pos_embed += 1  # a recorded graph reads the weights as they are now
         want = gaze.generate(video, ratio)
         assert torch.equal(gaze.generate(video, ratio, cuda_graph=True)["gazing_pos"], want["gazing_pos"])
+
+
+@torch.no_grad()
+def test_layers_are_not_compiled_anew_for_other_lengths(monkeypatch):
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_with(f, backend="eager", **settings))
+    decoder = tiny_gaze().decoder
+    want = decoder(torch.ones(3, 9, 32))
+    run.compile_layers(decoder)
+    decoder(torch.ones(2, 5, 32))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(decoder(torch.ones(3, 9, 32)), want)
 
 
 def test_mixed_budgets(gaze, video):
