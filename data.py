@@ -197,8 +197,11 @@ def decode(path, wanted, skip=True):
             raise VideoError(f"{path}: its {frame.format.name} frames cannot be turned into RGB ({error})") from error
         return upright(image, frame)
 
-    first = min(wanted)
-    last = max(wanted)
+    ends = wanted
+    if isinstance(wanted, range):
+        ends = wanted[0], wanted[-1]  # min and max would go through all of it
+    first = min(ends)
+    last = max(ends)
     start, stamps = keyframe_before(path, first) if skip and first > 0 else (0, [])
     skips = bool(stamps)
     done = -1      # number of the frame yielded last

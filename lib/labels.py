@@ -125,7 +125,6 @@ def pack_labels(source, out=None):
     out = Path(out or source.with_suffix(".packed"))
     if out.exists() and not (out / "meta.json").is_file():
         raise FileExistsError(f"{out} exists and is no packed label file: give another name")
-    lock(f"{out}.lock", f"labels={out}")
 
     # sorted as bytes, so that a name is found by bisection
     labels = read_labels(source)
@@ -148,6 +147,7 @@ def pack_labels(source, out=None):
                 bounds[t] = min(lowest, *frame), max(highest, *frame)
 
     # the folder appears whole or not at all
+    lock(f"{out}.lock", f"labels={out}")
     tmp = Path(f"{out}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     meta = {

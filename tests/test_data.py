@@ -75,6 +75,7 @@ def test_the_right_frames(tmp_path, n_frames, start, stride, wanted, suffix):
 def test_one_frame(tmp_path):
     path = write(tmp_path / "a.mp4", grey([77]))
     assert data.count_frames(path) == 1 and data.read_frames(path, 3).shape == (3, 3, 32, 48)
+    assert len(list(data.decode(path, range(10 ** 15)))) == 1, "all frames, however many they are"
 
 
 def test_unreadable_files(tmp_path):
