@@ -23,6 +23,7 @@ FIXATION = {"egtea": 1, "ego4d": 0, "egoexo4d": 1}   # the type that metrics cou
 SPLITS = {"egtea": "train,test", "ego4d": "train,test",
           "egoexo4d": "train,val,test_iid,test_ood_site,test_ood_task,test_ood_participant"}
 
+MOST_FRAMES = 10_000_000   # of a video: four days at 30 per second
 EGTEA_FPS = 24
 EGTEA_SIZE = (1280, 960)   # pixels
 EGTEA_EVENTS = {"Fixation": 1, "Saccade": 2}  # all others: 3
@@ -148,6 +149,14 @@ def to_number(text, path, line):
     return value
 
 
+def to_frame(text, path, line):
+    """The same for the number of a frame: whole, from 0 on, and of no video that lasts for days."""
+    number = to_number(text, path, line)
+    if number != int(number) or not 0 <= number < MOST_FRAMES:
+        raise ValueError(f"{path}, line {line}: {text!r} is no frame number, a whole number below {MOST_FRAMES:,}")
+    return int(number)
+
+
 def to_number_or_nan(text, path, line):
     """The same, NaN where the field is empty or says so: this sample was not tracked."""
     if text.lower() in ("", "nan"):
@@ -231,11 +240,12 @@ def egtea_gaze(root, video):
 
 def egtea_frame(text, path, line):
     """'1234', or 'hours:minutes:seconds:frame' -> frame number."""
-    parts = [int(to_number(part, path, line)) for part in text.split(":")]
-    if len(parts) == 4:
-        hours, minutes, seconds, frame = parts
-        return ((hours * 60 + minutes) * 60 + seconds) * EGTEA_FPS + frame
-    return parts[0]
+    parts = [to_frame(part, path, line) for part in text.split(":")]
+    if len(parts) != 4:
+        return parts[0]
+    hours, minutes, seconds, frame = parts
+    number = ((hours * 60 + minutes) * 60 + seconds) * EGTEA_FPS + frame
+    return to_frame(str(number), path, line)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,9 +271,7 @@ def ego4d_clips(root, split, stride=8):
         end = int(found[4]) * EGO4D_FPS
         window = (first, end)
         if len(fields) == 3:
-            window_first = to_number(fields[1], path, line)
-            window_end = to_number(fields[2], path, line)
-            window = (int(window_first), int(window_end))
+            window = (to_frame(fields[1], path, line), to_frame(fields[2], path, line))
         if not first <= window[0] < window[1] <= end:
             raise ValueError(f"{path}, line {line}: the window {window[0]}..{window[1]} is not part of the clip, which "
                              f"has the frames {first}..{end} of its video")
@@ -281,7 +289,10 @@ def ego4d_gaze(root, video):
     columns = ("frame", "x", "y", "gaze_type")
     rows = []
     for line, row in read_table(path, columns, "python -m argaze.data labels makes it from gaze/ and full_scale.gaze/"):
-        frame, x, y, kind = (to_number(row[column], path, line) for column in columns)
+        frame = to_frame(row["frame"], path, line)
+        x, y, kind = (to_number(row[column], path, line) for column in columns[1:])
+        if kind not in (0, 1, 2, 3):
+            raise ValueError(f"{path}, line {line}: gaze_type {row['gaze_type']!r} is none of 0, 1, 2, 3")
         if not (0 <= x <= 1 and 0 <= y <= 1):
             raise ValueError(f"{path}, line {line}: gaze ({row['x']}, {row['y']}) lies outside of the picture, 0 to 1")
         rows.append((frame, x, y, kind))

@@ -315,7 +315,10 @@ def test_an_unknown_split_names_those_that_exist(broken):
 
 @pytest.mark.parametrize("text, message", [
     ("frame,x,y\n0,.5,.5\n", "no column gaze_type"), ("frame,x,y,gaze_type\n0,1.2,.5,0\n", "line 2: gaze .1.2, .5."),
-    ("frame,x,y,gaze_type\n0,nan,.5,0\n", "line 2: 'nan' is not a number"), ("frame,x,y,gaze_type\n", "no row")])
+    ("frame,x,y,gaze_type\n0,nan,.5,0\n", "line 2: 'nan' is not a number"), ("frame,x,y,gaze_type\n", "no row"),
+    ("frame,x,y,gaze_type\n0,.5,.5,4\n", "line 2: gaze_type '4' is none of"),
+    *((f"frame,x,y,gaze_type\n{frame},.5,.5,0\n", f"line 2: '{frame}' is no frame number")
+      for frame in ("1e9", "-1", "0.5"))])
 def test_a_bad_frame_label_names_file_and_line(broken, text, message):
     path = broken / "ego4d" / "gaze_frame_label" / f"{EGO4D}_frame_label.csv"
     path.write_text(text)
@@ -326,6 +329,8 @@ def test_a_bad_frame_label_names_file_and_line(broken, text, message):
 
 @pytest.mark.parametrize("old, new, message", [
     ("\t640.00\t", "\tNaN\t", "line 35: 'NaN' is not a number"), ("\t0\tFixation", "\tFixation", "line 35: 6 fields"),
+    ("\t0\tFixation", "\t-1\tFixation", "line 35: '-1' is no frame number"),
+    ("\t0\tFixation", "\t9999:0:0:0\tFixation", "line 35: '863913600' is no frame number"),
     ("## Number of Samples:", "## Samples:", "no BeGaze export")])
 def test_a_bad_begaze_export_names_file_and_line(broken, old, new, message):
     path = broken / "egtea" / "gaze_data" / "OP99-R01-Toast.txt"
