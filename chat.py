@@ -3,12 +3,13 @@ r"""Ask a language model about a video of which it reads only the gazed patches.
     python chat.py --video=my.mp4 --question="What happens?"                  # tiny random models, to show the flow
     python chat.py --video=my.mp4 --question="What happens?" --ckpt=nvidia/AutoGaze \
         --model=HuggingFaceTB/SmolVLM2-500M-Video-Instruct
+    python chat.py --video=my.mp4 --random=published --n_frames=64            # random again; times of the real size
 
 --model takes a hub id or folder of SmolVLM, Idefics3, LLaVA, LLaVA-OneVision, PaliGemma (mllm.py says how each reads
 gazes) or Qwen-VL (mllm_qwen.py), --ckpt a gaze model. Frames are spread evenly over the video; their centre square is
-seen, by a Qwen-VL all of them. Prints the answer, how many tokens were kept, and how long each part took: decode the
-video, select patches, encode them, prefill (the prompt's pass through the language model, up to the first new token),
-generate the rest.
+seen, by a Qwen-VL all of them. Prints the answer, how many tokens were kept, and how long each part took, by the clock
+and on the processor: decode the video, select patches, encode them, prefill (the prompt's pass through the language
+model, up to the first new token), generate the rest. Its share is of the time to that token.
 """
 import sys
 import time
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from data import VideoError, count_frames, decode, open_video, video_stream
 from lib import configurator, run
+from lib.log import peak_memory
 from lib.weights import announce, is_hub_id
 from mllm import GazeMLLM
 from mllm_qwen import GazeQwen
@@ -37,6 +39,7 @@ class Config:
     question: str = "What happens in this video?"
     model: str | None = None           # language model with a vision tower, folder or hub id; none: a tiny random one
     ckpt: str | None = None            # gaze model, folder or hub id; none: a random one, only without model
+    random: Literal["tiny", "published"] = "tiny"  # size of the random ones; published: to measure times
     n_frames: int = 16                 # frames to look at, spread evenly
     gazing_ratio: float | None = 0.1   # share of the patch ids that each frame may take
     task_loss_requirement: float | None = None  # a frame is finished when its predicted loss falls to this
@@ -61,15 +64,28 @@ class Config:
 # models
 
 
-def tiny_models():
-    """A gaze model and a LLaVA-OneVision, tiny and random, whose words are bytes."""
+# AutoGaze; SigLIP so400m at 448 px; a language model as large as Qwen2-0.5B
+PUBLISHED_VISION = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+                        image_size=448)
+PUBLISHED_TEXT = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                      num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)
+TINY_VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, image_size=224)
+TINY_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=258)
+
+
+def random_models(size):
+    """A gaze model and a LLaVA-OneVision with random weights, whose words are bytes. size: tiny | published."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
     torch.manual_seed(0)
-    gaze = Gaze(GazeConfig(hidden_size=48, num_layers=2))
-    vision = dict(model_type="siglip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-                  num_attention_heads=3, image_size=224, patch_size=16, vision_use_head=False)
-    text = dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, vocab_size=258, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if size == "tiny":
+        gaze = Gaze(GazeConfig(hidden_size=48, num_layers=2))
+        vision, text = TINY_VISION, TINY_TEXT
+    else:
+        gaze = Gaze(GazeConfig())
+        vision, text = PUBLISHED_VISION, PUBLISHED_TEXT
+    vision = vision | dict(model_type="siglip_vision_model", patch_size=16, vision_use_head=False)
+    text = text | dict(model_type="qwen2", pad_token_id=0, bos_token_id=1, eos_token_id=2)
     config = LlavaOnevisionConfig(vision_config=vision, text_config=text, image_token_index=256, video_token_index=257,
                                   vision_feature_layer=-1, vision_feature_select_strategy="full")
     return gaze, LlavaOnevisionForConditionalGeneration(config)
@@ -78,9 +94,11 @@ def tiny_models():
 def load_models(cfg):
     """(gaze model, language model, its processor or None)."""
     if cfg.model is None:
-        gaze, model = tiny_models()
-        print("no --model: a tiny random one shows the flow. Its answer is noise")
-        return (gaze if cfg.ckpt is None else Gaze.from_pretrained(cfg.ckpt)), model, None
+        gaze, model = random_models(cfg.random)
+        print(f"no --model: a random one of {cfg.random} size shows the flow. Its answer is noise")
+        if cfg.ckpt is not None:
+            gaze = Gaze.from_pretrained(cfg.ckpt)
+        return gaze, model.to(getattr(torch, cfg.dtype)), None
 
     from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     if not Path(cfg.model).is_dir():
@@ -162,24 +180,30 @@ def chunks(path, indices, n, seconds, device):
             bar.update(len(frames))
 
 
+def now(device):
+    """Seconds by the clock and of this process on the processor, as an array."""
+    return np.array([run.now(device), time.process_time()])
+
+
 @contextmanager
 def timed(seconds, part, device):
-    start = run.now(device)
+    start = now(device)
     yield
-    seconds[part] = seconds.get(part, 0) + run.now(device) - start
+    seconds[part] = seconds.get(part, 0) + now(device) - start
 
 
 class Clock:
     """Streamer for generate(): when the first new token came. A point for each token goes to the screen."""
 
-    def __init__(self):
+    def __init__(self, device):
+        self.device = device
         self.n_calls = 0
         self.first = None
 
     def put(self, ids):
         self.n_calls += 1
         if self.n_calls == 2:  # the first call brings the prompt
-            self.first = time.perf_counter()
+            self.first = now(self.device)
         print(".", end="", file=sys.stderr, flush=True)
 
     def end(self):
@@ -204,13 +228,23 @@ def look(mllm, video, indices, cfg, device, seconds):
 @torch.no_grad()
 def answer(generate, cfg, device, seconds):
     """generate(**settings) of the language model -> ids of the answer."""
-    clock = Clock()
-    start = run.now(device)
+    clock = Clock(device)
+    start = now(device)
     ids = generate(max_new_tokens=cfg.max_new_tokens, do_sample=False, streamer=clock)
-    end = run.now(device)
+    end = now(device)
     seconds["prefill"] = clock.first - start
     seconds["generate"] = end - clock.first
     return ids[0]
+
+
+def print_times(seconds):
+    """seconds: of every part, by the clock and on the processor."""
+    to_first_token = sum(seconds.values()) - seconds["generate"]
+    for part, spent in seconds.items():
+        line = f"{part:10}{spent[0]:9.3f} s, on the processor {spent[1]:9.3f} s"
+        if part != "generate":
+            line += f", {spent[1] / to_first_token[1]:4.0%}"
+        print(line)
 
 
 def main():
@@ -249,9 +283,9 @@ def main():
         tokenizer = None if processor is None else processor.tokenizer
 
     print(f"{len(indices)} frames: {n_video} tokens in place of {n_all}, the prompt has {n_prompt}")
-    for part, spent in seconds.items():
-        print(f"{part:10}{spent:9.3f} s")
-    print(f"{len(new_ids)} tokens, {len(new_ids) / (seconds['prefill'] + seconds['generate']):.1f} a second")
+    print_times(seconds)
+    rate = len(new_ids) / (seconds["prefill"] + seconds["generate"])[0]
+    print(f"{len(new_ids)} new tokens, {rate:.2f} a second; peak memory {peak_memory(device):.2f} GiB")
     if tokenizer is None:
         print(f"answer: {bytes(i for i in new_ids.tolist() if i < 256)!r}")
     else:

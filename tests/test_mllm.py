@@ -380,7 +380,7 @@ def test_chat_shows_the_flow_without_a_download(toy, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["chat.py", f"--video={video}", "--n_frames=3", "--max_new_tokens=4"])
     chat.main()
     out = capsys.readouterr().out
-    assert "a tiny random one shows the flow. Its answer is noise" in out
+    assert "a random one of tiny size shows the flow. Its answer is noise" in out
     assert "3 frames: " in out and "tokens in place of 588" in out
     for part in ("decode", "select", "encode", "prefill", "generate"):
         assert f"{part} " in out
