@@ -29,6 +29,7 @@ from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from lib.loader import send
+from lib.pixels import check_frames
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, though applied to pixels in -1..1: the published models expect that
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -426,8 +427,9 @@ def resize_center(x, size):
 
 def resize_crop(frames, size, crop="center", generator=None):
     """(T, 3, H, W) uint8 -> (T, 3, size, size) uint8. "center": shortest side to `size`, then the centre square;
-    "random": one random box for all frames, resized to the square. Antialiased bilinear on 8-bit values, like PIL."""
-    assert frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[1] == 3, (frames.dtype, frames.shape)
+    "random": one random box for all frames, resized to the square. Antialiased bilinear on 8-bit values, like PIL.
+    ValueError: frames of another kind."""
+    check_frames(frames)
     assert crop in ("center", "random"), crop
     if crop == "center":
         return resize_center(frames, size)

@@ -186,13 +186,11 @@ def merged_groups(gazing_mask, size, merge=2, n_frames=1, grids=None):
     """Which tokens to keep of an encoder that merges merge x merge patches of one grid, and n_frames frames, into one.
 
     gazing_mask: S tensors (B, T, V_s); size (h, w): of the encoder's grid, in patches; grids: as in grid().
-    Returns (B, T / n_frames, h / merge, w / merge) bool: tokens of which a gazed patch of any scale covers a part. The
-    last frame is repeated where T is no multiple. ValueError: the grid holds no whole groups."""
+    Returns (B, T / n_frames, h / merge, w / merge) bool: tokens of which a gazed patch of any scale covers a part.
+    ValueError: the grid holds no whole groups."""
     if size[0] % merge or size[1] % merge:
         raise ValueError(f"a grid of {size[0]} x {size[1]} patches does not split into groups of {merge} x {merge}")
     cells = grid(gazing_mask, size, grids)
-    missing = -cells.shape[1] % n_frames
-    cells = torch.cat([cells, cells[:, -1:].expand(-1, missing, -1, -1)], dim=1)
     groups = rearrange(cells, "b (t f) (i y) (j x) -> b t i j (f y x)", f=n_frames, y=merge, x=merge)
     return groups.any(dim=-1)
 
@@ -523,19 +521,20 @@ def all_patches(config, n_clips, n_frames, scale=None):
 def from_heatmap(heat, budget, config):
     """Gazes by a heat map in place of the model: where people looked, what a detector found.
 
-    heat (B, T, h, w) of any resolution, at least 0; budget: patches per frame, one number or a list of T; config: a
-    GazeConfig, or the GazeSigLIP that will read the gazes. Returns a gazing with gazing_mask, each frame's patches
-    coarse to fine. ValueError: a map with negative numbers or NaN, a budget that no frame has.
+    heat (B, T, h, w), tensor or array of any resolution, at least 0; budget: patches per frame, one number or a list of
+    T; config: a GazeConfig, or the GazeSigLIP that will read the gazes. Returns a gazing with gazing_mask, each frame's
+    patches coarse to fine. ValueError: a map with negative numbers or NaN, a budget that no frame has.
 
     The patch taken next is the one that adds most: the heat under it times what it sharpens. So coarse patches come
     where heat is spread out, fine ones where it peaks."""
     V = config.num_ids
     finest = config.grids[-1]
+    heat = torch.as_tensor(heat)
     if heat.dim() != 4 or heat.numel() == 0 or not heat.isfinite().all() or (heat < 0).any():
         raise ValueError(f"heat has shape {tuple(heat.shape)}, expected (B, T, h, w), finite numbers from 0 up")
     B, T = heat.shape[:2]
-    budgets = [budget] * T if isinstance(budget, int) else list(budget)
-    if len(budgets) != T or not all(1 <= n_t <= V for n_t in budgets):
+    budgets = [budget] * T if isinstance(budget, (int, float)) else list(budget)
+    if len(budgets) != T or not all(n_t in range(1, V + 1) for n_t in budgets):
         raise ValueError(f"budget={budget}: give 1 to {V} patches, one number or one for each of the {T} frames")
 
     # the finest grid's cells: their heat, and which of them each patch covers

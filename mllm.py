@@ -35,8 +35,22 @@ NVILA_RATIO = [0.2] + [0.06] * 15   # of the frames of a tile; recommended with 
 NVILA_REQUIREMENT = 0.6
 NVILA_BATCH = 16                    # clips at once in the gaze model
 
+# what GazeMLLM knows. FORK: for another model_type add it, and say in __init__ where its tower and projector are
+KINDS = ("llava", "llava_onevision", "paligemma", "smolvlm", "idefics3")
+
 # ----------------------------------------------------------------------------------------------------------------------
 # models with a SigLIP tower
+
+
+def check_models(model, gaze, kinds):
+    """ValueError unless model is one of transformers, of these kinds and for generation, and gaze a model.Gaze."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in kinds or not hasattr(model, "generate"):
+        raise ValueError(f"the language model is a {type(model).__name__} of model_type={kind}, expected one with "
+                         f"generate(), of {', '.join(kinds)}. GazeMLLM is for models with a SigLIP, "
+                         "mllm_qwen.GazeQwen for Qwen-VL, gaze_for_nvila for NVILA")
+    if not hasattr(getattr(gaze, "config", None), "scale_list"):
+        raise ValueError(f"the gaze model is a {type(gaze).__name__}, expected a model.Gaze: Gaze.from_pretrained(…)")
 
 
 class GazeMLLM:
@@ -45,6 +59,7 @@ class GazeMLLM:
     scales, in proportion to its own image size. ValueError: a model of another kind."""
 
     def __init__(self, model, gaze):
+        check_models(model, gaze, KINDS)
         self.model = model
         self.gaze = gaze
         self.config = model.config
@@ -58,19 +73,14 @@ class GazeMLLM:
             tower = inner.vision_model
             self.project = inner.connector.modality_projection
             self.merge = self.config.scale_factor
-        elif self.kind in ("llava", "llava_onevision", "paligemma"):
+        else:
             tower = inner.vision_tower
             self.project = inner.multi_modal_projector
-        else:
-            raise ValueError(f"model_type={self.kind}: GazeMLLM knows llava, llava_onevision, paligemma, smolvlm and "
-                             "idefics3, mllm_qwen.GazeQwen Qwen-VL, gaze_for_nvila NVILA; for another model say "
-                             "here where its tower and projector are")
         if "llava" in self.kind:
             layer = self.config.vision_feature_layer  # of hidden_states, which are without the last norm
             norm = False
-        network = getattr(tower, "vision_model", tower)
-        if not hasattr(network, "post_layernorm") or type(layer) is not int:
-            raise ValueError(f"the vision tower, a {type(tower).__name__}, is no SigLIP whose one layer is read")
+        if not isinstance(layer, int):
+            raise ValueError(f"vision_feature_layer={layer}: GazeMLLM reads one layer of the vision tower")
 
         # the tower's own image size is the finest scale
         size = self.config.vision_config.image_size
@@ -129,15 +139,19 @@ class GazeMLLM:
     @torch.no_grad()
     def embed(self, tokens, input_ids):
         """tokens: list over frames of (n_t, D). input_ids (1, L'): the prompt, with the model's image token once for
-        the whole video or once for each frame. Returns (1, L, D), the tokens in its place. ValueError: another number
-        of image tokens."""
+        the whole video or once for each frame. Returns (1, L, D), the tokens in its place. ValueError: not one prompt,
+        or another number of image tokens."""
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or len(input_ids) != 1:
+            raise ValueError("input_ids must be the ids (1, L) of one prompt: "
+                             "processor.tokenizer(text, return_tensors='pt').input_ids")
         ids = input_ids[0]
         places = (ids == self.config.image_token_id).nonzero().flatten().tolist()
         if len(places) == 1:
             tokens = [torch.cat(tokens)]
         if len(places) != len(tokens):
             raise ValueError(f"the prompt holds the image token (id {self.config.image_token_id}) {len(places)} times: "
-                             f"write it once for the video, or once for each of its {len(tokens)} frames")
+                             f"write it once for the video, or once for each of its {len(tokens)} frames, and "
+                             "use processor.tokenizer, since processor() repeats it")
 
         embed_text = self.model.get_input_embeddings()
         parts = []
@@ -202,6 +216,9 @@ def gaze_for_nvila(processor, gaze, batch_size=NVILA_BATCH):
 
     Scales, patch size, ratios and requirements are the processor's attributes, as from_pretrained sets them; without,
     the recommended ones. Its model then merges and reads what is gazed. batch_size: clips at once in the gaze model."""
+    if not hasattr(processor, "target_scales"):
+        raise ValueError(f"a {type(processor).__name__} has no target_scales: this is for NVILA-HD-Video's processor")
+
     def hook(videos_inputs):
         info = {}
         recommended = {"tile": (NVILA_RATIO, NVILA_REQUIREMENT), "thumbnail": (1, None)}

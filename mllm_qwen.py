@@ -18,10 +18,13 @@ from einops import rearrange
 
 from data import resize, to_model_pixels
 from gazing import merged_groups
+from lib.pixels import check_frames
+from mllm import check_models
 
-# mean and standard deviation of the pixels that each tower takes
-CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-PIXELS = {"qwen2_vl": CLIP_PIXELS, "qwen2_5_vl": CLIP_PIXELS, "qwen3_vl": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# mean and standard deviation of the pixels that the first two kinds of towers take; of Qwen3-VL all are 0.5
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class GazeQwen:
@@ -34,17 +37,21 @@ class GazeQwen:
     """
 
     def __init__(self, model, gaze, max_pixels=448 * 448):
+        check_models(model, gaze, KINDS)
         self.model = model
         self.gaze = gaze
         self.kind = model.config.model_type
         vision = model.config.vision_config
         self.patch_size = vision.patch_size
-        self.merge = vision.spatial_merge_size      # s
-        self.n_frames = vision.temporal_patch_size  # of a token
+        self.merge = vision.spatial_merge_size  # s
         self.max_pixels = max_pixels
 
     def resize(self, frames):
-        """Frames (T, 3, H, W) at a size of whole tokens."""
+        """Frames (T, 3, H, W) uint8 at a size of whole tokens, and as whole pairs: of an odd number the last one comes
+        twice. ValueError: other frames."""
+        check_frames(frames)
+        if len(frames) % 2:
+            frames = torch.cat([frames, frames[-1:]])
         side = self.patch_size * self.merge
         height, width = frames.shape[-2:]
         shrink = min(1.0, (self.max_pixels / (height * width)) ** 0.5)
@@ -74,34 +81,42 @@ class GazeQwen:
         video = to_model_pixels(frames).unsqueeze(0)
         gazing = self.gaze.generate(video, gazing_ratio, task_loss_requirement, target_scales=sides,
                                     target_patch_size=p, chunk=True, batch_size=batch_size)
-        return merged_groups(gazing["gazing_mask"], (h, w), self.merge, self.n_frames, grids)[0]
+        return merged_groups(gazing["gazing_mask"], (h, w), self.merge, n_frames=2, grids=grids)[0]
+
+    def grid(self, keep):
+        """Of keep (T / 2, h / s, w / s): number of pairs, rows and columns of patches, (1, 3) as transformers wants."""
+        n_pairs, rows, columns = keep.shape
+        return torch.tensor([[n_pairs, rows * self.merge, columns * self.merge]], device=keep.device)
 
     def patches(self, frames):
         """frames (T, 3, H, W) uint8 -> rows of pixels (T / 2 · h · w, 3 · 2 · p · p) as the tower takes them, token by
-        token, and their grid (1, 3). The last frame is repeated where T is odd."""
-        frames = self.resize(frames)
-        mean, std = torch.tensor(PIXELS[self.kind], device=frames.device).view(2, 3, 1, 1)
-        pixels = (frames / 255 - mean) / std
-        missing = -len(pixels) % self.n_frames
-        pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
-
+        token."""
+        frames = self.resize(frames).to(self.model.device)
+        pixels = frames / 127.5 - 1
+        if self.kind != "qwen3_vl":
+            mean = torch.tensor(MEAN, device=frames.device).view(3, 1, 1)
+            std = torch.tensor(STD, device=frames.device).view(3, 1, 1)
+            pixels = (frames / 255 - mean) / std
         p = self.patch_size
-        rows = rearrange(pixels, "(t f) c (i y a) (j x b) -> (t i j y x) (c f a b)", f=self.n_frames, y=self.merge,
-                         x=self.merge, a=p, b=p)
-        n_pairs = len(pixels) // self.n_frames
-        return rows, torch.tensor([[n_pairs, pixels.shape[2] // p, pixels.shape[3] // p]], device=rows.device)
+        return rearrange(pixels, "(t f) c (i y a) (j x b) -> (t i j y x) (c f a b)", f=2, y=self.merge, x=self.merge,
+                         a=p, b=p)
 
     @torch.no_grad()
     def tokens(self, frames, keep):
         """frames (T, 3, H, W) uint8, keep of select() -> (kept, layers, D): what the language model gets, and, with
-        Qwen3-VL, what it adds in its first layers."""
+        Qwen3-VL, what it adds in its first layers. ValueError: a keep of other frames, or of nothing."""
         visual = self.model.model.visual
-        rows, grid = self.patches(frames.to(visual.device))
-        keep = keep.flatten().to(rows.device)
-        settings = kept_patches(visual, grid, keep, self.merge, self.kind)
+        rows = self.patches(frames).to(visual.dtype)
+        keep = keep.to(rows.device)
+        patches_kept = keep.flatten().repeat_interleave(self.merge ** 2)
+        if len(patches_kept) != len(rows) or not keep.any():
+            raise ValueError(f"these frames have {len(rows)} patches, keep has {int(keep.sum())} of "
+                             f"{len(patches_kept)}: give the keep that select() returns for them")
+
+        settings = self.kept_patches(keep, patches_kept)
         if settings:
-            rows = rows[keep.repeat_interleave(self.merge ** 2)]
-        out = visual(rows.to(visual.dtype), grid_thw=grid, **settings)
+            rows = rows[patches_kept]
+        out = visual(rows, grid_thw=self.grid(keep), **settings)
 
         # transformers 4 returns a tensor, with a list of further ones for Qwen3-VL
         if isinstance(out, torch.Tensor):
@@ -111,7 +126,31 @@ class GazeQwen:
         else:
             layers = [out.pooler_output, *getattr(out, "deepstack_features", [])]
         tokens = torch.stack(layers, dim=1)
-        return tokens if settings else tokens[keep]
+        return tokens if settings else tokens[keep.flatten()]
+
+    def kept_patches(self, keep, patches_kept):
+        """Arguments with which the tower encodes the kept tokens' patches only; none where it cannot."""
+        try:
+            from transformers import vision_utils
+        except ImportError:
+            return {}
+        if self.kind == "qwen2_5_vl":
+            return {}
+
+        # their places in the picture, and where each pair of frames ends; one without any is no sequence
+        grid = self.grid(keep)
+        position = vision_utils.get_vision_position_ids(grid, self.merge)
+        n_kept = keep.flatten(1).sum(dim=1) * self.merge ** 2
+        ends = F.pad(n_kept.cumsum(0), (1, 0)).unique()
+        settings = {"position_ids": position[patches_kept], "cu_seqlens": ends.int()}
+        if self.kind == "qwen3_vl":
+            visual = self.model.model.visual
+            index, weight = vision_utils.get_vision_interpolation_indices_and_weights(
+                grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners,
+                self.merge)
+            settings["interp_indices"] = index[patches_kept]
+            settings["interp_weights"] = weight[patches_kept]
+        return settings
 
     @torch.no_grad()
     def generate(self, tokens, keep, input_ids, seconds=None, **settings):
@@ -121,14 +160,17 @@ class GazeQwen:
         Returns ids (1, new tokens). ValueError: a prompt of another shape."""
         inner = self.model.model
         is_video = input_ids == self.model.config.video_token_id
-        if len(input_ids) != 1 or int(is_video.sum()) != keep.numel():
-            raise ValueError(f"expected one prompt with the {keep.numel()} tokens of the video, got "
-                             f"{tuple(input_ids.shape)} ids with {int(is_video.sum())} video tokens")
+        n_video = int(is_video.sum())
+        if len(input_ids) != 1 or n_video != keep.numel():
+            raise ValueError(f"expected one prompt with the {keep.numel()} tokens of the video, got {len(input_ids)} "
+                             f"with {n_video} video tokens: chat.to_qwen_ids writes it")
+        n_kept = int(keep.sum())
+        if len(tokens) != n_kept:
+            raise ValueError(f"{len(tokens)} tokens for the {n_kept} places of keep: give what tokens() returns for it")
 
         # positions of all tokens, of which the kept ones keep theirs; which arguments there are depends on the version
-        n_pairs, h, w = keep.shape
-        grid = torch.tensor([[n_pairs, h * self.merge, w * self.merge]], device=input_ids.device)
-        arguments = {"video_grid_thw": grid}
+        keep = keep.to(input_ids.device)
+        arguments = {"video_grid_thw": self.grid(keep)}
         known = inspect.signature(inner.get_rope_index).parameters
         if "mm_token_type_ids" in known:
             arguments["mm_token_type_ids"] = is_video.int() * 2
@@ -136,18 +178,20 @@ class GazeQwen:
             arguments["second_per_grid_ts"] = torch.tensor([seconds], device=input_ids.device)
         positions, _ = inner.get_rope_index(input_ids=input_ids, **arguments)      # (3, 1, L')
         stays = ~is_video[0]
-        stays[is_video[0]] = keep.flatten().to(stays.device)
+        stays[is_video[0]] = keep.flatten()
 
-        embeds = inner.get_input_embeddings()(input_ids[:, stays])
+        embed_text = inner.get_input_embeddings()
+        embeds = embed_text(input_ids[:, stays])
         is_video = is_video[:, stays]
         embeds[is_video] = tokens[:, 0].to(embeds.dtype)
         mask = torch.ones_like(is_video, dtype=torch.long)
 
         # generate() would count positions and forget the layers: a hook puts them in
         first = {"position_ids": positions[:, :, stays]}
-        if tokens.shape[1] > 1:
+        _, *layers = tokens.unbind(1)
+        if layers:
             first["visual_pos_masks"] = is_video
-            first["deepstack_visual_embeds"] = list(tokens[:, 1:].unbind(1))
+            first["deepstack_visual_embeds"] = layers
         hook = inner.language_model.register_forward_pre_hook(partial(put_positions, first), with_kwargs=True)
         try:
             return self.model.generate(inputs_embeds=embeds, attention_mask=mask, **settings)
@@ -164,27 +208,8 @@ def put_positions(first, module, args, kwargs):
     if n_past == 0:
         assert n_new == prompt.shape[2], "generate(use_cache=False) is not known here"
         return args, kwargs | first
-    position = prompt.max() + 1 + n_past - prompt.shape[2]
+    next_position = prompt.max() + 1
+    position = next_position + n_past - prompt.shape[2]
     positions = position + torch.arange(n_new, device=prompt.device)
-    return args, kwargs | {"position_ids": positions.expand(3, 1, -1)}
-
-
-def kept_patches(visual, grid, keep, merge, kind):
-    """Arguments with which the tower encodes the kept groups' patches only; none where it cannot."""
-    try:
-        from transformers import vision_utils
-    except ImportError:
-        return {}
-    if kind == "qwen2_5_vl":
-        return {}
-
-    # their places in the picture, and how many there are in each pair of frames
-    rows = keep.repeat_interleave(merge ** 2)
-    counts = rows.view(int(grid[0, 0]), -1).sum(dim=1)
-    ends = F.pad(counts.cumsum(0), (1, 0)).unique().int()       # a pair without any has no sequence
-    settings = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)[rows], "cu_seqlens": ends}
-    if kind == "qwen3_vl":
-        index, weight = vision_utils.get_vision_interpolation_indices_and_weights(
-            grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge)
-        settings |= {"interp_indices": index[rows], "interp_weights": weight[rows]}
-    return settings
+    kwargs["position_ids"] = positions.expand(3, 1, -1)
+    return args, kwargs

@@ -19,6 +19,7 @@ windows as long; each starts afresh, so live and file give the same gazes. Write
                   left, side) and grids (S, 2), the rows and columns of patches at each scale, so that
                   gazing.locate(gazing, config, crop=crop, grids=grids) gives boxes in pixels of the source.
 
+To train another model on a model's gazes, label.py --teacher=<ckpt> writes labels: they need a loss after every gaze.
 Ctrl-C and SIGTERM end the run early with complete files; the second time nothing half-written is left. Live frames are
 never dropped: when the model is slower than a pipe, its writer waits; a camera's driver drops frames itself.
 """

@@ -51,7 +51,13 @@ class GazeSigLIP(nn.Module):
         self.attention = attention
         self.frame_independent = frame_independent
         self.norm = norm
-        self.network = quicken(getattr(network, "vision_model", network))  # transformers 4 wraps it once more
+        network = getattr(network, "vision_model", network)                 # transformers 4 wraps it once more
+        embeddings = getattr(network, "embeddings", None)
+        is_siglip = isinstance(getattr(embeddings, "patch_embedding", None), nn.Conv2d)
+        if not is_siglip or hasattr(embeddings, "class_embedding"):         # CLIP has a class token
+            raise ValueError(f"network is a {type(network).__name__}, expected a SiglipVisionModel of transformers; "
+                             "of a folder or hub id: GazeSigLIP.from_pretrained")
+        self.network = quicken(network)
 
         # hidden_states[0] are the embeddings, so there is one more of them than of layers
         n_layers = len(self.network.encoder.layers)

@@ -19,6 +19,17 @@ def check_video(video, like, recipe, size=None, name="video", values=True):
     return video.to(like.dtype)
 
 
+def check_frames(frames):
+    """ValueError unless frames are a tensor (T, 3, H, W) of uint8, at least one of them."""
+    found = f"a {type(frames).__name__}"
+    if isinstance(frames, torch.Tensor):
+        if frames.dtype == torch.uint8 and frames.dim() == 4 and frames.shape[1] == 3 and frames.numel():
+            return
+        found = f"{frames.dtype} {tuple(frames.shape)}"
+    raise ValueError(f"frames are {found}, expected a tensor (T, 3, H, W) of torch.uint8, 0..255, as data.read_frames "
+                     "gives; of a list of (H, W, 3): torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)")
+
+
 def check_tensor(pixels, like, form, name):
     """ValueError unless pixels are a tensor on the device of the weights `like`."""
     if not isinstance(pixels, torch.Tensor):

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import normal_video, tiny_gaze, tiny_mae
+from safetensors.torch import load_file
 
 import label
+import train_ntp
 from data import collate_gaze
 from gazing import join_frames
 from lib import run as processes
@@ -149,11 +151,12 @@ def job(tmp_path_factory, toy):
     return args, json.loads((folder / "whole.json").read_text())
 
 
-def run(args, out, *more):
+def run(args, out, *more, script=label):
     """label.main() as a command line would run it, in this process: a new one takes two seconds to start."""
-    argv, sys.argv = sys.argv, ["label.py", *args, f"--out={out}", *more]
+    key = "out" if script is label else "out_dir"
+    argv, sys.argv = sys.argv, [script.__name__, *args, f"--{key}={out}", *more]
     try:
-        label.main()
+        script.main()
     finally:
         sys.argv = argv
 
@@ -190,6 +193,20 @@ def test_a_teachers_choices_are_labels(job, tmp_path):
         counts = [len(f) for f in entry["gazing_pos"]]
         assert counts == label.clip_budgets(label.Config(n_frames=4, ratio_min=0.1), key, V)
     assert {k: e["gazing_pos"] for k, e in labels.items()} != {k: e["gazing_pos"] for k, e in job[1].items()}
+
+
+def test_a_teachers_labels_train_another_model(toy, tmp_path):
+    tiny_gaze().save_pretrained(tmp_path / "teacher")
+    common = [f"--root={toy}", "--n_frames=4", "--device=cpu"]
+    run([*common, "--max_clips=2", "--ratio_min=0.1"], tmp_path / "taught.json", f"--teacher={tmp_path / 'teacher'}")
+
+    tiny_gaze(seed=1).save_pretrained(tmp_path / "pupil")
+    settings = ["--steps=1", "--batch_size=2", "--lr=1e-3", "--n_workers=0", f"--init_from={tmp_path / 'pupil'}"]
+    run([*common, *settings, f"--labels={tmp_path / 'taught.json'}"], tmp_path / "out", script=train_ntp)
+    before = load_file(tmp_path / "pupil" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    changed = [name for name in after if not after[name].equal(before[name])]
+    assert len(changed) > 0.9 * len(after)
 
 
 def test_resume(job, tmp_path):

@@ -74,6 +74,14 @@ def picture_inputs(kind, frames):
     return {"pixel_values": pixels}
 
 
+def right_positions(kind, model):
+    """transformers 4.57 looks up i / n · (1 - 1e-6) among the boundaries i / n, so in float32 (bfloat16 rounds the
+    factor away) SmolVLM and Idefics3 give patches 0, 1, 2, 3 of a row the positions 0, 0, 1, 2."""
+    if kind in ("smolvlm", "idefics3") and transformers.__version__ < "5":
+        table = model.model.vision_model.embeddings.position_embedding
+        table.register_forward_pre_hook(lambda _, args: (torch.arange(args[0].shape[1]).expand_as(args[0]),))
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def tiny(request):
     model, n_tokens = tiny_model(request.param)
@@ -94,9 +102,8 @@ def prompt(n_tokens, n_frames=2):
 
 def test_with_everything_gazed_the_answer_is_the_whole_models(tiny):
     kind, model, n_tokens = tiny
-    if kind in ("smolvlm", "idefics3") and transformers.__version__ < "5":
-        pytest.skip("transformers 4.57 looks up the positions of the patch before: 0, 0, 1, 2 for 0, 1, 2, 3")
     frames = tiny_frames()
+    right_positions(kind, model)
     mllm = GazeMLLM(model, tiny_gaze())
     ids = prompt(n_tokens)
     types = {"token_type_ids": torch.zeros_like(ids)} if kind == "paligemma" else {}
@@ -150,8 +157,47 @@ def test_chunks_of_a_video_give_the_tokens_of_the_whole():
 
 
 def test_other_models_are_refused_by_name():
+    model, gaze = tiny_model("llava")[0], tiny_gaze()
     with pytest.raises(ValueError, match="model_type=qwen2_vl.*GazeQwen"):
-        GazeMLLM(tiny_qwen("qwen2_vl"), tiny_gaze())
+        GazeMLLM(tiny_qwen("qwen2_vl"), gaze)
+    with pytest.raises(ValueError, match="model_type=llava, expected one .*qwen3_vl"):
+        GazeQwen(model, gaze)
+    with pytest.raises(ValueError, match="the language model is a LlavaModel .* expected one with generate"):
+        GazeMLLM(model.model, gaze)
+    with pytest.raises(ValueError, match="the language model is a str"):
+        GazeMLLM("llava-hf/some", gaze)
+    with pytest.raises(ValueError, match="the gaze model is a LlavaForConditionalGeneration, expected a model.Gaze"):
+        GazeMLLM(model, model)
+
+
+def test_a_clip_tower_is_refused():
+    vision = VISION | dict(model_type="clip_vision_model")
+    config = transformers.LlavaConfig(vision_config=vision, text_config=TEXT | dict(model_type="llama"))
+    with pytest.raises(ValueError, match="CLIP.*expected a SiglipVisionModel"):
+        GazeMLLM(transformers.LlavaForConditionalGeneration(config), tiny_gaze())
+
+
+@pytest.mark.parametrize("frames, found", [
+    (tiny_frames() / 255, r"torch.float32 \(2, 3, 32, 32\)"), (tiny_frames().movedim(1, 3), r"\(2, 32, 32, 3\)"),
+    (tiny_frames()[0], r"torch.uint8 \(3, 32, 32\)"), (list(tiny_frames()), "a list"),
+    (tiny_frames()[:0], r"\(0, 3, 32, 32\)"), (tiny_frames().numpy(), "a ndarray")])
+def test_frames_of_another_form_are_refused(frames, found):
+    for mllm in (GazeMLLM(tiny_model("llava")[0], tiny_gaze()), GazeQwen(tiny_qwen("qwen2_vl"), tiny_gaze())):
+        with pytest.raises(ValueError, match=f"frames are {found}.*expected a tensor .T, 3, H, W. of torch.uint8"):
+            mllm.select(frames, 0.2)
+
+
+def test_a_prompt_is_one_row_of_ids():
+    mllm = GazeMLLM(tiny_model("llava")[0], tiny_gaze())
+    tokens = [torch.zeros(3, 32)]
+    for ids in (torch.tensor([1, IMAGE]), torch.tensor([[1, IMAGE]] * 2), [[1, IMAGE]]):
+        with pytest.raises(ValueError, match="input_ids must be the ids .1, L. of one prompt"):
+            mllm.embed(tokens, ids)
+
+
+def test_another_processor_than_nvilas_is_refused():
+    with pytest.raises(ValueError, match="a SimpleNamespace has no target_scales.*NVILA"):
+        gaze_for_nvila(types.SimpleNamespace(), tiny_gaze())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,7 +244,8 @@ def qwen(request):
 
 
 def whole_answer(qwen, ids, **settings):
-    rows, grid = qwen.patches(qwen_frames())
+    grid = qwen.grid(torch.ones(2, 2, 3))
+    rows = qwen.patches(qwen_frames())
     types = {}
     if "mm_token_type_ids" in inspect.signature(qwen.model.model.get_rope_index).parameters:
         types["mm_token_type_ids"] = (ids == VIDEO).int() * 2
@@ -264,25 +311,39 @@ def test_qwen_patches_are_those_of_its_image_processor():
     except ImportError:
         Processor = Qwen2VLImageProcessor
     frames = qwen_frames()[:1]
+    qwen = GazeQwen(tiny_qwen("qwen2_vl"), tiny_gaze())
     processor = Processor(patch_size=8, merge_size=2, temporal_patch_size=2, do_resize=False)
     expected = processor(frames[0].permute(1, 2, 0).numpy(), return_tensors="pt")
-    rows, grid = GazeQwen(tiny_qwen("qwen2_vl"), tiny_gaze()).patches(frames)
-    assert grid.tolist() == expected["image_grid_thw"].tolist() == [[1, 4, 6]]
-    close(rows, expected["pixel_values"], rtol=1e-4, atol=1e-4)
+    assert qwen.grid(torch.ones(1, 2, 3)).tolist() == expected["image_grid_thw"].tolist() == [[1, 4, 6]]
+    close(qwen.patches(frames), expected["pixel_values"], rtol=1e-4, atol=1e-4)
 
 
 def test_gazes_choose_qwen_tokens(qwen):
     frames = qwen_frames()
     keep = qwen.select(frames, gazing_ratio=0.05)
     assert keep.shape == (2, 2, 3) and 0 < keep.sum() < 12
+    tokens = qwen.tokens(frames, keep)
     with pytest.raises(ValueError, match="the 6 tokens of the video, got .* with 12 video tokens"):
-        qwen.generate(qwen.tokens(frames, keep), keep[:1], qwen_prompt(qwen.kind))
+        qwen.generate(tokens, keep[:1], qwen_prompt(qwen.kind))
+    with pytest.raises(ValueError, match="1 tokens for the .* places of keep"):
+        qwen.generate(tokens[:1], torch.ones_like(keep), qwen_prompt(qwen.kind))
+    with pytest.raises(ValueError, match="these frames have 24 patches, keep has .* of 48"):
+        qwen.tokens(frames[:2], keep)
+    with pytest.raises(ValueError, match="keep has 0 of 48"):
+        qwen.tokens(frames, torch.zeros_like(keep))
 
 
 def test_large_frames_are_made_smaller_for_qwen():
     qwen = GazeQwen(tiny_qwen("qwen2_vl"), tiny_gaze(), max_pixels=32 * 64)
-    assert qwen.resize(torch.zeros(1, 3, 100, 200, dtype=torch.uint8)).shape == (1, 3, 32, 64)
-    assert qwen.resize(torch.zeros(1, 3, 4, 30, dtype=torch.uint8)).shape == (1, 3, 16, 32)
+    assert qwen.resize(torch.zeros(2, 3, 100, 200, dtype=torch.uint8)).shape == (2, 3, 32, 64)
+    assert qwen.resize(torch.zeros(2, 3, 4, 30, dtype=torch.uint8)).shape == (2, 3, 16, 32)
+
+
+def test_the_last_frame_of_an_odd_number_comes_twice():
+    qwen = GazeQwen(tiny_qwen("qwen2_vl"), tiny_gaze())
+    frames = qwen_frames()[:3]
+    close(qwen.resize(frames), frames[[0, 1, 2, 2]])
+    assert qwen.select(frames, 0.1).shape == (2, 2, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +502,7 @@ def test_wrong_questions_are_answered(arguments, message):
 
 
 def test_groups_with_one_gazed_patch_are_kept_whole():
-    mask = torch.zeros(1, 3, 16)
+    mask = torch.zeros(1, 4, 16)
     mask[0, 0, 5] = mask[0, 2, 11] = 1
     groups = merged_groups([mask], (4, 4), merge=2, n_frames=2)
     assert groups.tolist() == [[[[True, False], [False, False]], [[False, False], [False, True]]]]
@@ -474,6 +535,7 @@ def test_a_heat_map_is_gazed_at_coarse_to_fine():
 @pytest.mark.parametrize("heat, budget, message", [
     (torch.ones(1, 4, 4), 3, "heat has shape"), (-torch.ones(1, 1, 4, 4), 3, "from 0 up"),
     (torch.full((1, 1, 4, 4), float("nan")), 3, "finite"), (torch.ones(1, 1, 4, 4), 0, "budget=0: give 1 to 20"),
+    (torch.ones(1, 1, 4, 4), 0.1, "budget=0.1: give 1 to 20"),
     (torch.ones(1, 2, 4, 4), [3], "each of the 2 frames")])
 def test_wrong_heat_maps_are_refused(heat, budget, message):
     with pytest.raises(ValueError, match=message):
