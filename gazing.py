@@ -195,21 +195,6 @@ def merged_groups(gazing_mask, size, merge=2, n_frames=1, grids=None):
     return groups.any(dim=-1)
 
 
-def gaze_at_groups(groups, merge):
-    """The gazing of all patches of whole groups, group by group: groups (B, T, h, w) bool, of merge x merge patches of
-    one grid; within a group row by row. Ids count the patches of that grid."""
-    h, w = groups.shape[2:]
-    V = h * w * merge ** 2
-    ids = torch.arange(V, device=groups.device)
-    patches = rearrange(ids, "(i y j x) -> (i j) (y x)", i=h, y=merge, j=w, x=merge)
-
-    frames = []
-    for t, kept in enumerate(groups.flatten(2).unbind(1)):
-        order, padded = marked_ids(kept)
-        frames.append((patches[order].flatten(1) + V * t, padded.repeat_interleave(merge ** 2, dim=1)))
-    return join_frames(frames)
-
-
 def to_masks(gazing, ids_per_scale):
     """gazing_mask of a gazing: a list of S tensors (B, T, V_s), 1 where a patch is gazed."""
     V = sum(ids_per_scale)
@@ -356,11 +341,6 @@ def join_clips(gazings, num_ids):
             padded.append(F.pad(is_padded, (0, missing), value=True))
         joined.append((torch.cat(positions), torch.cat(padded)))
     return join_frames(joined)
-
-
-def split_chunks(video, n_frames):
-    """A long video (B, T, …) -> list of its chunks (B, up to n_frames, …), which share its memory."""
-    return list(video.split(n_frames, dim=1))
 
 
 def cut_chunks(clips, n_frames):
@@ -550,7 +530,7 @@ def from_heatmap(heat, budget, config):
     sharpness = torch.tensor(sharpness, device=heat.device)             # (V,)
 
     frames = []
-    for t, n_t in enumerate(budgets):
+    for t, n_t in enumerate(map(int, budgets)):
         seen = torch.zeros_like(heat[:, t])                             # how sharply each cell is seen by now
         chosen = torch.zeros(B, V, dtype=torch.bool, device=heat.device)
         for _ in range(n_t):
@@ -720,13 +700,6 @@ def paste_patches(canvas, picture, boxes):
         canvas[y0:y1, x0:x1] = picture[y0:y1, x0:x1]
 
 
-def outline_patches(picture, boxes, scale, width=2):
-    """Draw boxes (n, 4) in the colour of their scale."""
-    from lib import video_out
-    color = SCALE_COLORS[scale % len(SCALE_COLORS)]
-    return video_out.draw_boxes(picture, boxes[:, [1, 0, 3, 2]], color, width)
-
-
 def sheet(path, video, gazing, config, reconstruction=None, title="", losses=None):
     """Save a contact sheet of one clip as PNG: rows video, gazes, gazed pixels and reconstruction, a column per frame.
 
@@ -735,6 +708,7 @@ def sheet(path, video, gazing, config, reconstruction=None, title="", losses=Non
     from lib import video_out
     cell = config.scale_list[-1] * max(1, round(160 / config.scale_list[-1]))
     where = locate(gazing, config, crop=(0, 0, cell))
+    colors = [SCALE_COLORS[s % len(SCALE_COLORS)] for s in range(len(config.scale_list))]
     pictures = {"video": [], "gazes": [], "gazed pixels": []}
     titles = []
 
@@ -752,7 +726,7 @@ def sheet(path, video, gazing, config, reconstruction=None, title="", losses=Non
 
             # finer outlines lie further inside, so that all are seen where they meet
             inside = torch.tensor([s, s, -s, -s])
-            outlined = outline_patches(outlined, boxes + inside, s)
+            outlined = video_out.draw_boxes(outlined, (boxes + inside)[:, [1, 0, 3, 2]], colors[s], width=2)
 
         pictures["video"].append(picture)
         pictures["gazes"].append(outlined)
@@ -762,5 +736,5 @@ def sheet(path, video, gazing, config, reconstruction=None, title="", losses=Non
     if reconstruction is not None:
         pictures["reconstruction"] = [to_picture(frame) for frame in reconstruction]
     captions = [] if losses is None else [f"loss {loss:.3f}" for loss in losses]
-    legend = {f"scale {side} px": SCALE_COLORS[s % len(SCALE_COLORS)] for s, side in enumerate(config.scale_list)}
+    legend = {f"scale {side} px": color for side, color in zip(config.scale_list, colors, strict=True)}
     video_out.contact_sheet(path, pictures, titles, captions, legend, title, cell)

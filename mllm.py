@@ -26,9 +26,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from data import resize_crop, to_model_pixels
-from gazing import TENSORS, Grids, all_patches, gaze_at_groups, join_clips, merged_groups, split_frames
+from gazing import TENSORS, Grids, all_patches, join_clips, join_frames, marked_ids, merged_groups, split_frames
 from siglip import GazeSigLIP
 
 NVILA_RATIO = [0.2] + [0.06] * 15   # of the frames of a tile; recommended with its weights, as is the next
@@ -178,6 +179,22 @@ class GazeMLLM:
         finally:
             hook.remove()
         return answer[:, ids.shape[1]:]
+
+
+def gaze_at_groups(groups, merge):
+    """The gazing of all patches of whole groups, group by group: groups (B, T, h, w) bool, of merge x merge patches of
+    one grid; within a group row by row. Ids count the patches of that grid."""
+    h, w = groups.shape[2:]
+    V = h * w * merge ** 2
+    patches = torch.arange(V, device=groups.device)
+    patches = rearrange(patches, "(i y j x) -> (i j) (y x)", i=h, y=merge, j=w, x=merge)
+
+    frames = []
+    for t, kept in enumerate(groups.flatten(2).unbind(1)):
+        order, padded = marked_ids(kept)
+        ids = patches[order].flatten(1) + V * t
+        frames.append((ids, padded.repeat_interleave(merge ** 2, dim=1)))
+    return join_frames(frames)
 
 
 def put_embeds(embeds, module, args, kwargs):

@@ -312,6 +312,7 @@ class View:
         colors = ["white"]
         for s, side in enumerate(self.config.scale_list):
             boxes = where["box"][0, where["scale"][0] == s]
+            color = gazing.SCALE_COLORS[s % len(gazing.SCALE_COLORS)]
 
             # gazed patches as this scale resolves them, on the darkened picture
             resolved = gazing.to_picture(whole, (rows * side, columns * side))
@@ -323,9 +324,9 @@ class View:
             patch = tile * self.config.patch_size / side
             line_width = min(2, int(patch / 8))
             if line_width:
-                panel = gazing.outline_patches(panel, boxes, s, line_width)
+                panel = video_out.draw_boxes(panel, boxes[:, [1, 0, 3, 2]], color, line_width)
             panels.append(panel)
-            colors.append(gazing.SCALE_COLORS[s % len(gazing.SCALE_COLORS)])
+            colors.append(color)
 
         if reconstruction is not None:
             panels.append(video_out.resize(gazing.to_picture(reconstruction), height, width))

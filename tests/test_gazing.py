@@ -17,7 +17,6 @@ from gazing import (
     locate,
     random_gazing,
     rows,
-    split_chunks,
     split_frames,
     to_device,
     to_masks,
@@ -168,9 +167,7 @@ def test_a_frame_without_gazes_keeps_a_slot():
 
 def test_chunks_of_a_long_video():
     gaze, video = tiny_gaze(), normal_video(2, 10)
-    chunks = split_chunks(video, 4)
-    assert [chunk.shape[1] for chunk in chunks] == [4, 4, 2]
-    assert chunks[1].data_ptr() == video[:, 4:].data_ptr(), "a chunk is no copy"
+    chunks = video.split(4, dim=1)
     whole = join_chunks([gaze.generate(chunk, 0.3) for chunk in chunks], V)
     assert whole["num_gazing_each_frame"].tolist() == [6] * 10
     assert (whole["gazing_pos"] // V == torch.arange(10).repeat_interleave(6)).all()

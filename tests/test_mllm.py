@@ -10,8 +10,8 @@ import transformers
 from conftest import tiny_gaze
 
 import chat
-from gazing import all_patches, check_gazing, from_heatmap, gaze_at_groups, merged_groups
-from mllm import GazeMLLM, GridsOf, gaze_for_nvila, merge_neighbours
+from gazing import all_patches, check_gazing, from_heatmap, merged_groups
+from mllm import GazeMLLM, GridsOf, gaze_at_groups, gaze_for_nvila, merge_neighbours
 from mllm_qwen import GazeQwen
 from model import GazeConfig
 
