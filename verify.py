@@ -21,7 +21,7 @@ from lib import configurator, run
 from lib.log import count_parameters
 from lib.weights import LICENCES, download, is_hub_id, published_name
 from model import Gaze, GazeConfig
-from videomae import VideoMAE
+from videomae import VideoMAE, check_fit
 
 N_FRAMES = 64
 SLOTS = [198] + [10] * 15           # of each frame of the first clip, at ratio .75 and requirement .7
@@ -105,6 +105,7 @@ def check_gazes(report, gaze, video):
     report.number("gazes", int((~gazing["if_padded_gazing"]).sum()), N_GAZES)
 
 
+@torch.no_grad()
 def check_quality(report, gaze, mae, clips):
     """clips (4, 16, 3, 448, 448): mean loss, PSNR and SSIM of their reconstruction at every known ratio."""
     R = gaze.config.image_size
@@ -149,6 +150,10 @@ def main():
     if is_hub_id(cfg.ckpt):
         folder = download(cfg.ckpt, ["model.safetensors"])
     gaze = Gaze.from_pretrained(folder).to(device).eval()
+    mae = None
+    if cfg.videomae is not None:
+        mae = VideoMAE.from_pretrained(cfg.videomae, None, "l1+dinov2_reg+siglip2", "1+0.3+0.3").to(device).freeze()
+        check_fit(mae, gaze, cfg.ckpt)
     frames = read_frames(cfg.video, N_FRAMES)
     video = to_model_pixels(resize_crop(frames, min(frames.shape[-2:])).to(device))
     clips = video.unflatten(0, (-1, 16))
@@ -159,15 +164,13 @@ def main():
     size = tuple(frames.shape[-2:])
     report.line("size of the video", size, (448, 448), size == (448, 448))
     report.number("frames of the video", count_frames(cfg.video), N_FRAMES)
-    if gaze.config.max_num_frames >= 16:
+    if gaze.config.max_num_frames < 16:
+        print("skipped  gazes and reconstruction: they are of clips of 16 frames")
+    else:
         check_gazes(report, gaze, clips[:1])
-    else:
-        report.line("frames of a clip", gaze.config.max_num_frames, 16, False)
-    if cfg.videomae is None:
-        print("skipped  reconstruction: give --videomae=bfshi/VideoMAE_AutoGaze")
-    else:
-        mae = VideoMAE.from_pretrained(cfg.videomae, None, "l1+dinov2_reg+siglip2", "1+0.3+0.3").to(device).freeze()
-        with torch.no_grad():
+        if mae is None:
+            print("skipped  reconstruction: give --videomae=bfshi/VideoMAE_AutoGaze")
+        else:
             check_quality(report, gaze, mae, clips)
 
     if report.n_wrong:

@@ -25,6 +25,17 @@ def test_a_random_checkpoint_fails_in_clear_words(folder, toy, capsys, monkeypat
     assert "SHA-256" in out and "skipped  reconstruction" in out
 
 
+def test_a_model_of_shorter_clips_is_reported_too(tmp_path, toy, capsys, monkeypatch):
+    tiny_gaze(max_num_frames=4).save_pretrained(tmp_path)
+    video = sorted((toy / "val").iterdir())[0]
+    monkeypatch.setattr("sys.argv", ["verify.py", f"--ckpt={tmp_path}", f"--video={video}"])
+    with pytest.raises(SystemExit, match="checks differ"):
+        verify.main()
+    out = capsys.readouterr().out
+    assert "DIFFERS  max_num_frames: 4, published: 16" in out
+    assert "skipped  gazes and reconstruction: they are of clips of 16 frames" in out
+
+
 def test_reconstruction_is_compared_at_every_known_ratio(capsys):
     report = verify.Report()
     verify.check_quality(report, tiny_gaze(), tiny_mae().freeze(), normal_video(1, 2, 40))
