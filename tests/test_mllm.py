@@ -178,8 +178,8 @@ def test_a_clip_tower_is_refused():
 
 
 @pytest.mark.parametrize("frames, found", [
-    (tiny_frames() / 255, r"torch.float32 \(2, 3, 32, 32\)"), (tiny_frames().movedim(1, 3), r"torch.uint8 \(2, 32, 32, 3\)"),
-    (tiny_frames()[0], r"torch.uint8 \(3, 32, 32\)"), (list(tiny_frames()), "a list"),
+    (tiny_frames() / 255, r"torch.float32 \(2, 3, 32, 32\)"), (tiny_frames()[0], r"torch.uint8 \(3, 32, 32\)"),
+    (tiny_frames().movedim(1, 3), r"torch.uint8 \(2, 32, 32, 3\)"), (list(tiny_frames()), "a list"),
     (tiny_frames()[:0], r"torch.uint8 \(0, 3, 32, 32\)"), (tiny_frames().numpy(), "a ndarray")])
 def test_frames_of_another_form_are_refused(frames, found):
     for mllm in (GazeMLLM(tiny_model("llava")[0], tiny_gaze()), GazeQwen(tiny_qwen("qwen2_vl"), tiny_gaze())):
