@@ -178,14 +178,21 @@ def read_video(folder):
     """What is read from a keyframe on must be what counting from the start gives."""
     path = only_file(folder)
     counted = dict(data.decode(path, range(100), skip=False))
-    again = dict(data.decode(path, range(100), skip=False))
-    if any(not np.array_equal(counted[i], again[i]) for i in counted):
-        return  # FFmpeg shows memory that nobody has written to
     assert data.count_frames(path) >= 1
     for first in (0, 1, 15, 25, 200):
         got = list(islice(data.decode(path, {first, first + 2}), 2))
-        assert got and all(np.array_equal(image, counted[i]) for i, image in got), f"another frame than {first}"
+        assert got, f"no frame {first}"
+        # where the picture's size changes, it is that of the first frame that is read
+        is_same = all(np.array_equal(image, counted[i]) or image.shape != counted[i].shape for i, image in got)
+        assert is_same or not is_steady(path, counted), f"another frame than {first}"
     data.read_motion(path, 4, 16, stride=3)
+
+
+def is_steady(path, counted):
+    """Whether a file gives the same frames every time. In damaged ones FFmpeg shows memory that nobody has written to.
+    """
+    again = [data.decode(path, range(100), skip=False) for _ in range(4)]
+    return all(np.array_equal(image, counted[i]) for frames in again for i, image in frames)
 
 
 def write_pictures(folder):
