@@ -24,9 +24,9 @@ def replay(work, x, key, module):
         graphs[key] = None
         return work(x)
 
-    recorded = graphs.pop(key) or record(work, x.clone())
-    graphs[key] = recorded
-    graph, own_x, result = recorded
+    entry = graphs.pop(key) or record(work, x.clone())
+    graphs[key] = entry
+    graph, own_x, result = entry
     own_x.copy_(x)
     graph.replay()
     return {name: tensor.clone() for name, tensor in result.items()}
@@ -34,6 +34,13 @@ def replay(work, x, key, module):
 
 def record(work, x):
     """The graph, the x that it reads, and the tensors that it writes."""
+    # autocast's copies of the weights must be made in the graph: those that it keeps are freed when it ends
+    on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
+        return capture(work, x)
+
+
+def capture(work, x):
     # once without recording, on a stream of its own: kernels are chosen and loaded then
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
