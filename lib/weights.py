@@ -69,13 +69,14 @@ def save_folder(folder, tensors, config):
     config_file = Path(folder) / "config.json"
     weight_file = Path(folder) / "model.safetensors"
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with written_whole(config_file) as new_config, written_whole(weight_file) as new_weights:
+    with written_whole(config_file) as new_config:
         new_config.write_text(json.dumps(config, indent=2) + "\n")
-        try:
-            save_file(tensors, new_weights, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        shutil.copymode(new_config, new_weights)    # safetensors' own is for the owner only
+        with written_whole(weight_file) as new_weights:
+            try:
+                save_file(tensors, new_weights, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            shutil.copymode(new_config, new_weights)    # safetensors' own is for the owner only
 
 
 def build(make):
