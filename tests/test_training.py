@@ -21,7 +21,6 @@ from two_processes import two_processes
 import train_grpo
 import train_ntp
 import train_videomae
-import videomae
 from data import collate_gaze, to_model_pixels
 from gazing import (
     draw_ratio,
@@ -34,6 +33,7 @@ from gazing import (
     to_budgets,
 )
 from lib import run as processes
+from lib import weights
 from lib.labels import pack_labels
 from lib.loader import Feed, StepSampler, divide_batch, shard
 from lib.log import Log, LossCheck, check_finite
@@ -436,7 +436,7 @@ def test_resumed_with_perceptual_networks_of_a_weights_file(run, networks, tmp_p
     for name, (_, network) in networks.items():  # with no folder given the sizes are the published ones, here these
         kind = {"dinov2_reg": "Dinov2WithRegistersConfig", "siglip2": "SiglipVisionConfig"}[name]
         monkeypatch.setattr(transformers, kind, lambda config=network.config, **sizes: config)
-    monkeypatch.setattr(videomae, "announce", lambda hub_id: pytest.fail(f"asks for {hub_id}"))
+    monkeypatch.setattr(weights, "announce", lambda hub_id: pytest.fail(f"asks for {hub_id}"))
     cfg = train_videomae.configurator.load(train_videomae.Config, MAE, verbose=False)
     torch.manual_seed(0)
     state = VideoMAE(cfg.model()).state_dict()
