@@ -256,7 +256,7 @@ def test_a_crash_keeps_what_was_measured(trained, toy, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="dies"):
         run(monkeypatch, trained, *args, f"--out_dir={tmp_path / 'part'}")
     whole, part = (json.loads((tmp_path / f / "eval.json").read_text()) for f in ("whole", "part"))
-    assert whole["finished"] and not part["finished"] and not (tmp_path / "part" / "eval.json.tmp").exists()
+    assert whole["finished"] and not part["finished"] and not (tmp_path / "part" / ".eval.json").exists()
     assert part["results"] == {"0.3": whole["results"]["0.3"]}
 
 

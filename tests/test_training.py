@@ -594,8 +594,7 @@ def save_half_the_third(state, file):
         return save(state, file)
     whole = io.BytesIO()
     save(state, whole)
-    file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
-    file.flush()
+    file.write_bytes(whole.getvalue()[:len(whole.getvalue()) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
 
 torch.save = save_half_the_third
@@ -609,7 +608,7 @@ def test_killed_while_a_checkpoint_is_written(run, stages, toy, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED_WRITING)
     launch(tmp_path / "killed.py", ROOT, *args, f"--labels={stages / 'labels.json'}", f"--videomae={stages / 'mae'}",
            f"--root={toy}", f"--out_dir={tmp_path / 'halves'}", cwd=tmp_path, works=False)
-    assert (tmp_path / "halves" / "last.pt.tmp").exists()
+    assert (tmp_path / "halves" / ".last.pt").exists()
     assert torch.load(tmp_path / "halves" / "last.pt", weights_only=True)["step"] == 1
     run(train_ntp, [*args, "--init_from=resume"], "halves")
     assert_same_run(tmp_path)
