@@ -297,6 +297,8 @@ def check_states(optimizer):
                 raise ValueError(f"{name} is {tuple(value.shape)}, its weight {tuple(weight.shape)}")
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
+            if name in ("step", "exp_avg_sq") and (value < 0).any():
+                raise ValueError(f"{name} is below 0")
 
 
 def update(optimizer, scaler):

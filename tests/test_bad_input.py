@@ -296,6 +296,7 @@ def damaged_config(folder, make, change):
         (lambda state: state["state"][0]["exp_avg"].resize_(1), r"exp_avg is \(1,\), its weight \(2, 2\)"),
         (lambda state: state["state"][0]["exp_avg"].fill_(math.nan), "exp_avg holds NaN"),
         (lambda state: state["state"][0]["step"].resize_(0), r"step is \(0,\)"),
+        (lambda state: state["state"][0]["exp_avg_sq"].fill_(-1), "exp_avg_sq is below 0"),
         (lambda state: state["param_groups"][0].pop("lr"), "lr"),
         (lambda state: state["param_groups"][0].update(lr="x"), "str"),
         (lambda state: state.pop("param_groups"), "param_groups"))),

@@ -230,6 +230,11 @@ def test_adam_of_a_checkpoint_written_without_the_head_stays_as_it_is(tmp_path, 
     assert state["model"].keys() == gaze.state_dict().keys()
     close(state["optimizer"]["state"], optimizer.state_dict()["state"])
 
+    for shape in ((17,), (1, 1, 16), (1, 8, 16)):
+        torch.save(gaze.state_dict() | {"vit.pos_embed": torch.zeros(shape)}, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="odd.pt: position embeddings are"):
+            UniGaze.from_published(tmp_path / "odd.pt", gaze.config)
+
     torch.save({"model_state": gaze.state_dict(), "optim_state": {"param_groups": []}}, tmp_path / "epoch_01.pth.tar")
     with pytest.raises(ValueError, match="epoch_01.pth.tar is cut off or no file of weights"):
         read_published(tmp_path / "epoch_01.pth.tar")

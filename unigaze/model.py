@@ -234,7 +234,10 @@ class UniGaze(nn.Module):
             tensors["gaze_fc.weight"] = fresh.weight
             tensors["gaze_fc.bias"] = fresh.bias
         if "vit.pos_embed" in tensors:
-            tensors["vit.pos_embed"] = resize_positions(tensors["vit.pos_embed"], config.num_patches)
+            try:
+                tensors["vit.pos_embed"] = resize_positions(tensors["vit.pos_embed"], config.num_patches)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
 
         # build without memory, then let the file's tensors be the weights
         with torch.device("meta"):
@@ -415,7 +418,11 @@ def sincos_positions(width, grid):
 
 
 def resize_positions(positions, n_patches):
-    """Position embeddings (1, 1 + n, D) for another number of patches, bicubic; CLS keeps its own."""
+    """Position embeddings (1, 1 + n, D) for another number of patches, bicubic; CLS keeps its own. ValueError: they
+    are of no square."""
+    shape = tuple(positions.shape)
+    if len(shape) != 3 or shape[1] < 2 or math.isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
+        raise ValueError(f"position embeddings are {shape}, expected (1, 1 + n * n, width)")
     if positions.shape[1] == n_patches + 1:
         return positions
     cls = positions[:, :1].float()
@@ -512,7 +519,7 @@ def guess_config(tensors, path):
     try:
         width, _, patch_size, _ = tensors["vit.patch_embed.proj.weight"].shape
         grid = math.isqrt(tensors["vit.pos_embed"].shape[1] - 1)
-    except (KeyError, ValueError) as error:
+    except (IndexError, KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no UniGaze and no face autoencoder ({error} is missing or odd)") from error
     depth = len([name for name in tensors if name.endswith(".attn.qkv.weight")])
     if width not in HEADS:
