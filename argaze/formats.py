@@ -174,7 +174,7 @@ def egtea_clips(root, split, stride=8):
     for line, fields in read_rows(path, f"one clip a line, video/clip.mp4; {LISTS}"):
         video, _, name = fields[0].partition("/")
         found = re.search(r"-F(\d+)-F(\d+)\.mp4$", name)
-        if not found:
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
             raise ValueError(f"{path}, line {line}: {fields[0]!r} is no clip like video/name-F000001-F000021.mp4")
         if name == ODD_CLIP:
             continue

@@ -241,6 +241,8 @@ def check_common(cfg):
     device = getattr(cfg, "device", "auto")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
         raise ValueError(f"device={device}: possible are auto, cpu, mps, cuda (one per process) and cuda:0, cuda:1, …")
+    if getattr(cfg, "init_from", None) == "":
+        raise ValueError("init_from is empty: give scratch, resume, or where the weights are")
     seed = getattr(cfg, "seed", 0)
     if seed < 0:
         raise ValueError(f"seed={seed} must lie between 0 and {LARGEST['seed']}")

@@ -48,6 +48,7 @@ def call(script, *args):
 # ---- settings: one line and exit code 2, before anything is loaded
 
 @pytest.mark.parametrize("script, args, says", [
+    *((script, "--init_from=", "init_from is empty") for script in (train_ntp, train_grpo, unigaze.train)),
     (train_ntp, "--lrr=1", "unknown key 'lrr'.*did you mean lr"),
     (train_ntp, "--lr=fast", "lr: expected float, got 'fast'"),
     (train_ntp, "--lr=0", "lr=0.0"), (train_ntp, "--epochs=0", "epochs"), (train_ntp, "--steps=0", "steps=0"),
