@@ -511,9 +511,3 @@ def test_toy_labels_are_the_eyes_seen_from_the_head():
     views = make_data.draw_views(rng, make_data.STYLES["toy_xgaze"], 10)
     sight = np.einsum("nij,nj->ni", views["rotations"], views["sight"])
     np.testing.assert_allclose(normalise.to_vector(views["gaze"]), -sight, atol=1e-12)
-
-
-def test_a_folder_of_other_settings_is_refused(tmp_path):
-    make_data.claim_folder(make_data.Config(out=str(tmp_path)))
-    with pytest.raises(ValueError, match="made with other settings"):
-        make_data.claim_folder(make_data.Config(out=str(tmp_path), size=64))
