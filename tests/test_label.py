@@ -255,6 +255,14 @@ def test_only_the_clips_asked_for_are_written(job, toy, tmp_path, capsys):
     assert json.loads(out.read_text()) == whole and len(finished(tmp_path / "a.json.rank0.jsonl")) == 5
 
 
+def test_candidates_that_share_the_past_find_what_those_with_copies_of_it_find(mae, video, monkeypatch):
+    ids, losses = label.greedy(mae, video[0], [3, 2, 2, 5])
+    monkeypatch.setattr(label, "MANY_QUERIES", 0)
+    copied_ids, copied_losses = label.greedy(mae, video[0], [3, 2, 2, 5])
+    assert copied_ids == ids
+    assert sum(copied_losses, []) == pytest.approx(sum(losses, []), abs=1e-5)
+
+
 def test_a_slot_tries_the_best_of_before_then_what_was_never_tried_then_what_was_tried_longest_ago():
     gains = {5: 0.1, 3: 0.9, 1: 0.2, 7: 0.5}
     tried = label.shortlist([0, 1, 2, 3, 4, 5, 7], gains, 8, torch.Generator().manual_seed(0))
