@@ -1,5 +1,5 @@
 # make install   into .venv
-# make toy    install, then all stages on generated videos (about 20 minutes on 2 CPU cores)
+# make toy    install, then all stages on generated videos (about 15 minutes on 2 CPU cores)
 # make test   install, then the tests
 # make lint   install, then ruff
 PYTHON ?= python3

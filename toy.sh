@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All stages in order: videos, reconstructor, labels, NTP, GRPO, evaluation. About 20 minutes on 2 CPU cores.
+# All stages in order: videos, reconstructor, labels, NTP, GRPO, evaluation. About 15 minutes on 2 CPU cores.
 #
 #   bash toy.sh                                          # generated clips, results in out/toy
 #   SEED=2 OUT=out/toy_2 bash toy.sh                     # another seed
