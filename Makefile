@@ -11,8 +11,7 @@ toy: $(VENV)
 	PYTHON=.venv/bin/python bash toy.sh
 
 test: $(VENV)
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile --ignore=tests/test_fuzz.py tests
-	.venv/bin/python -m pytest -q tests/test_fuzz.py  # it forks, which a process with other threads must not
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(VENV)
 	.venv/bin/ruff check .

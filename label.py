@@ -23,7 +23,6 @@ Dimension key: T frames, V patch ids per frame, P of them at the finest scale, C
 reconstructor's encoder, D' of its decoder.
 """
 import json
-import math
 import sys
 import time
 import warnings
@@ -39,6 +38,7 @@ from tqdm import tqdm
 from data import Clips, VideoError, check_names, to_model_pixels, video_key
 from gazing import draw_ratio, parse_alpha, split_ratio, to_budgets
 from lib import configurator, run
+from lib.attention import attend_shared
 from lib.checkpoint import lock
 from lib.labels import check_fields
 from lib.text import naming, write_whole
@@ -89,24 +89,6 @@ FREE = ("out", "device", "dinov2_reg", "siglip2", "max_candidates", "splits", "m
 
 
 MANY_QUERIES = 64  # with fewer, copying the past's keys for every candidate is what takes the time
-
-
-def attend_shared(q, k, v, past_k, past_v):
-    """Attention of C alternatives q, k, v (C, H, L, d) to themselves and to one past (1, H, P, d), which is not copied:
-    the queries of all alternatives meet it as the rows of one product. In the encoder at published sizes, late in a
-    clip, 2.3 times as fast on a CPU."""
-    C, H, L, d = q.shape
-    P = past_k.shape[2]
-    q = q / math.sqrt(d)
-    rows = q.transpose(0, 1).flatten(1, 2)                                # (H, C·L, d)
-    to_past = rows @ past_k[0].transpose(1, 2)
-    to_past = to_past.unflatten(1, (C, L)).transpose(0, 1)                # (C, H, L, P)
-    to_own = q @ k.transpose(2, 3)                                        # (C, H, L, L)
-
-    weights = torch.cat([to_past, to_own], dim=3).softmax(dim=3)
-    of_past = weights[..., :P].transpose(0, 1).flatten(1, 2) @ past_v[0]  # (H, C·L, d)
-    of_past = of_past.unflatten(1, (C, L)).transpose(0, 1)
-    return of_past + weights[..., P:] @ v
 
 
 class Past:
